@@ -1,10 +1,12 @@
 //! Tensor-parallel operators: the linear and attention layers of a transformer, sharded over the
-//! ranks of a group, forward and backward, each verified against a single-device reference.
+//! ranks of a group, with forward and backward. The tests compare each operator with a
+//! single-device reference.
 //!
-//! Each rank of a column-parallel layer computes a shard of the output features; each rank of a
-//! row-parallel layer multiplies a shard of the input features. An all-reduce, or an all-gather and
-//! a reduce-scatter, combines them. The placement of a tensor is part of its type: applying a
-//! non-linear function to a sum that is not reduced does not compile.
+//! In a column-parallel layer, each rank computes a shard of the output features. In a row-parallel
+//! layer, each rank multiplies a shard of the input features, and an all-reduce adds the ranks'
+//! products. With sequence parallelism, an all-gather and a reduce-scatter replace the all-reduce.
+//! The placement of a tensor is part of its type, so that a program does not compile if it applies
+//! a non-linear function to an unreduced sum.
 //!
 //! ```
 //! use shardwise::prelude::*;
@@ -29,7 +31,7 @@
 //!
 //! | module | contents | builds on |
 //! |---|---|---|
-//! | [`shard`] | partitions, placements, heads, blocks, meshes: arithmetic | sizes |
+//! | [`shard`] | the arithmetic of partitions, placements, heads, blocks and meshes | nothing |
 //! | [`device`] | elements and memory | nothing |
 //! | [`kernels`] | the computations on one device, one folder per family | devices |
 //! | [`tensor`] | tensors, parameters, sources of weights | kernels |
@@ -40,7 +42,7 @@
 //! | [`optim`] | optimizers, gradient norms, loss scales, learning rates | parameters |
 //! | [`train`] | data parallelism, pipelines, checks | layers and groups |
 //! | [`trace`] | the flight recorder: the last operations of each rank | elements and errors |
-//! | [`weights`] | Hugging Face checkpoints, of which a rank reads its shards | tensors |
+//! | [`weights`] | Hugging Face checkpoints; each rank reads only its shards | tensors |
 //! | [`prelude`] | the names that most programs use | all |
 //! | [`models`] | Llama, Mistral, Qwen, GPT-2 and BERT from checkpoints | layers and checkpoints |
 #![cfg_attr(
@@ -85,7 +87,7 @@ pub mod weights;
 pub use error::{Error, LostReason, Mismatch, Result, Site, SiteGuard};
 pub use tensor::Tensor;
 
-/// The code of README.md and of the pages in docs/, which is tested as doc examples are.
+/// Runs the code of README.md and of the pages in docs/ as doc tests.
 #[cfg(doctest)]
 mod pages {
     #[doc = include_str!("../README.md")]

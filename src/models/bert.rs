@@ -17,8 +17,8 @@ use crate::{
 use std::path::Path;
 
 /// hidden = blocks(norm(words\[ids\] + positions + types)): BERT's encoder with post-norm blocks
-/// (Devlin et al., 2019). Computes the hidden states of all tokens with the placement of the
-/// residual stream. Has no pooler.
+/// (Devlin et al., 2019). The output is the hidden states of all tokens, with placement S. There is
+/// no pooler.
 #[derive(Debug)]
 pub struct Bert<S: ResidualStream, T: Element, B: Device> {
     group: Group<B>,
@@ -30,7 +30,7 @@ pub struct Bert<S: ResidualStream, T: Element, B: Device> {
     blocks: Vec<TransformerBlock<S, T, B>>,
 }
 
-/// What the backward of a [`Bert`] needs.
+/// The values that the forward of a [`Bert`] saves for its backward.
 pub struct BertSaved<S: ResidualStream, T: Element, B: Backend> {
     rows: Vec<u32>,
     positions: Vec<u32>,
@@ -39,15 +39,15 @@ pub struct BertSaved<S: ResidualStream, T: Element, B: Backend> {
     blocks: Vec<<TransformerBlock<S, T, B> as Layer<T, B>>::Saved>,
 }
 
-/// The embeddings of tokens, the rows of the words, those of the positions and types, and what the
-/// normalization saved.
+/// The embeddings of the tokens, then the saved values for the backward: the rows of the word
+/// table, the rows of the position and type tables, and the values of the normalization.
 type Embedded<S, T, B> =
     (DTensor<S, T, B>, Vec<u32>, [Vec<u32>; 2], <Normalize<S, T, B> as Layer<T, B>>::Saved);
 
 impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
-    /// Reads this rank's shard of a checkpoint. Its names may begin with `bert.`, and its
-    /// `LayerNorm`s may have `gamma` and `beta` instead of `weight` and `bias`, as in the first
-    /// checkpoints.
+    /// Reads this rank's shard of a checkpoint. The names in the checkpoint may begin with `bert.`.
+    /// Its `LayerNorm`s may have `gamma` and `beta` instead of `weight` and `bias`, as in the first
+    /// BERT checkpoints.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, the source has tensors of the embeddings or
@@ -85,8 +85,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
         &self.config
     }
 
-    /// Computes the hidden states of tokens that form these sequences, and what the backward needs.
-    /// `types` has one type per token; with `None` all have type 0.
+    /// Computes the hidden states of tokens that form these sequences, and the saved values for the
+    /// backward. `types` has one type per token; with `None`, all tokens have type 0.
     ///
     /// # Errors
     /// When an id, a type or a position is beyond its table, sizes disagree, or a collective fails.
@@ -101,7 +101,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
         Ok((x, BertSaved { rows, positions, types, norm, blocks }))
     }
 
-    /// Computes the input of the first block, and what the backward of the embeddings needs.
+    /// Computes the input of the first block, and the saved values for the backward.
     fn embedded(
         &self,
         ids: &[u32],
@@ -123,7 +123,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
     /// Computes the hidden states of [`Bert::forward`] without saving anything for a backward.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Bert::forward`].
     pub fn infer(
         &self,
         ids: &[u32],
@@ -134,7 +134,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
         self.blocks.infer(x, &mut Context::default())
     }
 
-    /// Adds to the gradients of all parameters, given the gradient of the hidden states.
+    /// Adds to the gradients of all parameters. `dy` is the gradient of the hidden states.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
@@ -163,8 +163,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
     }
 }
 
-/// Maps the present names of `LayerNorm` parameters to those in a source, which may be the names of
-/// BERT's first checkpoints.
+/// Maps the present names of `LayerNorm` parameters to their names in a source. The first BERT
+/// checkpoints have other names.
 struct Renamed<'a>(&'a dyn WeightSource);
 
 /// The present name and the name in the first checkpoints.

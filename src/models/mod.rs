@@ -1,5 +1,5 @@
-//! Whole models, loaded from and saved as Hugging Face checkpoints. A `config.json` says how the
-//! layers are composed.
+//! Whole models, which load and save Hugging Face checkpoints. The checkpoint's `config.json`
+//! determines how the layers are composed.
 //!
 //! | `model_type` | model |
 //! |---|---|

@@ -11,9 +11,9 @@ use std::collections::BTreeSet;
 /// The largest number of names that an error lists.
 const LISTED: usize = 3;
 
-/// Rejects a source with tensors under one of `roots` that the model `op` with these parameters has
-/// not read. Such a source belongs to another model than the configuration. Tensors for which
-/// `harmless` is true do not count.
+/// Rejects a source that has tensors under one of `roots` which no parameter in `params` has read,
+/// because such a source belongs to another model than the configuration. Ignores tensors for which
+/// `harmless` is true. Accepts a source that does not list its names.
 pub(super) fn refuse_unread<T: Element, B: Backend>(
     op: &'static str,
     source: &dyn WeightSource,
@@ -41,7 +41,7 @@ pub(super) fn refuse_unread<T: Element, B: Backend>(
     }
     let (count, s, listed) = (unread.len(), if unread.len() == 1 { "" } else { "s" }, listed.join(", "));
     let reason = format!(
-        "the model of this configuration has no place for {count} tensor{s} of the checkpoint: {listed}"
+        "the configuration's model has no parameter for {count} tensor{s} of the checkpoint: {listed}"
     );
     Err(Error::invalid(op, reason))
 }

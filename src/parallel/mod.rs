@@ -1,10 +1,12 @@
-//! Tensors spread over a group of ranks, and the layers that act on them. Operators and
-//! communicators meet only here.
+//! Tensors spread over a group of ranks, and the layers that act on them. Only this module calls
+//! both operators and communicators.
 //!
-//! A [`DTensor`] has its placement in its type. A [`Layer`] maps one placement to another, and its
-//! backward maps the dual of the second to the dual of the first. Layers chain ([`Layer::then`]) if
-//! the placements between them are equal. An unreduced sum, or a shard instead of the whole tensor,
-//! is a compile error. Its message names the missing mapping ([`Fits`]).
+//! The type of a [`DTensor`] contains its placement. A [`Layer`] maps a tensor of placement `In` to
+//! a tensor of placement `Out`. Its backward maps a gradient of placement `Out::Dual` to a gradient
+//! of placement `In::Dual`. [`Layer::then`] chains two layers if the output of the first has the
+//! placement of the second's input. Otherwise the program does not compile, for example if a layer
+//! gets an unreduced sum, or a shard instead of the whole tensor. The compiler's message names the
+//! missing mapping ([`Fits`]).
 //!
 //! | folder | holds |
 //! |---|---|
@@ -39,13 +41,13 @@
 //! | [`PositionEmbedding<S>`](PositionEmbedding) | S → S | none / none, or all-reduce of dP ³ |
 //! | [`VocabParallelCrossEntropy`] | Shard<1> → losses | two small all-reduces / none |
 //! | [`Vec<L>`](Layer), [`BoxLayer`] | those of L | those of L |
-//! | [`Recompute<L>`](Recompute) | those of L | those of L / those of L, and again of its forward |
+//! | [`Recompute<L>`](Recompute) | those of L | L forward / L forward and backward |
 //! | [`Residual<L>`](Residual) | S → S | those of L |
-//! | [`ParallelMlp`], [`ParallelAttention`] | S → S | those of S entering and leaving; of biases |
+//! | [`ParallelMlp`], [`ParallelAttention`] | S → S | those of their layers |
 //! | [`TransformerBlock`] | S → S | those of its layers |
 //!
-//! ¹ For key/value heads that several ranks hold. ² With normalized heads ([`QkNorm`]). ³ With
-//! sequence parallelism.
+//! ¹ All-reduce only if several ranks hold a key/value head. ² All-reduce only with normalized
+//! heads ([`QkNorm`]). ³ All-reduce only with sequence parallelism.
 //!
 //! S is the placement of the residual stream ([`ResidualStream`]):
 //!

@@ -494,9 +494,9 @@ fn a_refused_configuration_says_what_it_is_about() {
     let text = with("gemma2", "use_cache", true.into()).to_string();
     assert_eq!(read("config.json", text.as_bytes()), format!("PATH: {unknown}"));
     let gguf = read("model.gguf", b"GGUF\x03\0\0\0\x80\0\xff\xff\xff");
-    assert_eq!(gguf, "PATH: this is a GGUF file, and no config.json; a model is read from its folder");
+    assert_eq!(gguf, "PATH: this is a GGUF file, not a config.json: pass the folder of the model");
     let tensors = read("model.safetensors", b"\x10\0\0\0\0\0\0\0{}\xff\xff");
-    assert_eq!(tensors, "PATH: this is no text, and no config.json; a model is read from its folder");
+    assert_eq!(tensors, "PATH: this is a binary file, not a config.json: pass the folder of the model");
 }
 
 /// The tensors and the configuration of a small model, which a test modifies.
@@ -618,7 +618,7 @@ fn tensors_that_nothing_reads_are_named() {
     let layers = refused(Variant::of("llama").set("num_hidden_layers", 1.into()));
     assert_eq!(
         layers,
-        "rank 0: decoder: the model of this configuration has no place for 9 tensors of the checkpoint: \
+        "rank 0: decoder: the configuration's model has no parameter for 9 tensors of the checkpoint: \
          `model.layers.1.input_layernorm.weight`, `model.layers.1.mlp.down_proj.weight`, \
          `model.layers.1.mlp.gate_proj.weight`, …"
     );
@@ -630,14 +630,14 @@ fn tensors_that_nothing_reads_are_named() {
         ("gpt2", "transformer.h.0.crossattention.c_attn.weight", vec![32, 64]),
     ] {
         let error = refused(Variant::of(of).add(name, &shape));
-        assert!(error.contains(&format!("no place for 1 tensor of the checkpoint: `{name}`")), "{error}");
+        assert!(error.contains(&format!("no parameter for 1 tensor of the checkpoint: `{name}`")), "{error}");
     }
     let folder = Variant::of("bert").set("num_hidden_layers", 1.into()).write();
     let (checkpoint, config) = bert(folder.path());
     let solo = Group::solo(&dev::fresh());
     let error = Bert::<Replicated, f32, Dev>::load(&solo, &checkpoint, &config).map(|_| ()).unwrap_err();
     assert!(
-        error.to_string().starts_with("bert: the model of this configuration has no place for 16 tensors"),
+        error.to_string().starts_with("bert: the configuration's model has no parameter for 16 tensors"),
         "{error}"
     );
 }
@@ -695,8 +695,8 @@ fn a_tied_model_with_another_head_is_refused() {
             });
             for outcome in outcomes.unwrap() {
                 let want = format!(
-                    "decoder: the head is tied to the embedding, but `lm_head.weight` is not `{table}`; to use it, \
-                     set `tie_word_embeddings` to false in config.json"
+                    "decoder: the configuration ties the head to the embedding, but `lm_head.weight` differs from `{table}`: to use \
+                     `lm_head.weight`, set `tie_word_embeddings` to false in config.json"
                 );
                 assert_eq!(outcome, Some(want));
             }
@@ -739,8 +739,8 @@ fn dynamic_rope_refuses_a_prompt_in_parts() {
         close("a short prompt in parts", &parts, &last(&short), 1e-12);
         assert_eq!(
             refused,
-            "decoder: 2 tokens after 25 of sequence 0 end at 27, beyond the trained length of 16: where RoPE is scaled by \
-             dynamic NTK, a prompt has to come in one step"
+            "decoder: 2 tokens after 25 of sequence 0 end at 27, beyond the trained length of 16: with dynamic NTK scaling of \
+             RoPE, pass a prompt in one step"
         );
     }
 }

@@ -550,8 +550,8 @@ fn a_step_that_is_not_done_right_is_refused() {
     let deeper = attend(&two, &mut cache).unwrap_err().to_string();
     assert_eq!(
         deeper,
-        "kv cache: slot 1 has 2 tokens, but no keys of attention layer 1: they went through fewer layers, or the context was used \
-         twice"
+        "kv cache: slot 1 has 2 tokens, but the cache has no keys of attention layer 1: the tokens passed fewer layers, or \
+         the context was used twice"
     );
     let mut of_two = KvCache::new(2, 4).unwrap();
     attend(&two, &mut of_two).unwrap();
@@ -565,7 +565,7 @@ fn a_step_that_is_not_done_right_is_refused() {
     let unaware = vec![Unaware(layer("0"))].infer(tokens(2, sequences.clone()), &mut step).unwrap_err();
     let without = one.infer(tokens(2, sequences), &mut Context::default()).unwrap_err();
     for error in [unaware, without] {
-        assert!(error.to_string().contains("its context is not here"), "{error}");
+        assert!(error.to_string().contains("attention did not get the step's context"), "{error}");
     }
     let other = one.infer(tokens(2, Sequences::one(2)), &mut step).unwrap_err().to_string();
     assert!(other.contains("are not those of the cache's step"), "{other}");

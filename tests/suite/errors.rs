@@ -71,7 +71,7 @@ fn loading() {
     );
     assert_eq!(
         failure(1, layer(attention(4, 2), QkvLayout::PerHead("qkv".into()))),
-        "qkv linear: the per-head layout has one key/value head a query head, not 2 for 4"
+        "qkv linear: the per-head layout has one key/value head per query head, not 2 for 4"
     );
     assert_eq!(
         failure(2, |group, _| Columns::qkv(group, &Heads::new(4, 2, 2, 4)?, &separate()).map(|_| ())),

@@ -796,7 +796,7 @@ fn what_cannot_be_invariant_is_refused() {
         refused(2, 4, |group| {
             DTensor::partial(group, Tensor::<f32>::zeros(group.device(), [4, 6])?)?.all_reduce().map(drop)
         }),
-        "partial sum: not supported: an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks: use the crate's linear layers, or `Reduction::Fast`"
+        "partial sum: not supported: an invariant reduction of a sum with one term per rank, not per canonical block: use the crate's linear layers, or `Reduction::Fast`"
     );
     assert_eq!(
         refused(2, 4, |group| {
@@ -805,7 +805,7 @@ fn what_cannot_be_invariant_is_refused() {
             let (a, b) = (layer.forward(x.clone())?.0, layer.forward(x)?.0);
             a.add(&b).map(drop)
         }),
-        "add: not supported: two sums that are not reduced yet, with an invariant reduction: reduce both first"
+        "add: not supported: two unreduced sums under an invariant reduction: reduce both first"
     );
     assert_eq!(
         refused(2, 4, |group| {
@@ -843,7 +843,7 @@ fn what_cannot_be_invariant_is_refused() {
             let weights = Weights::new(&source);
             ColumnLinear::<f32, Dev>::load(group, &weights, 6, &columns, Bias::Skip).map(drop)
         }),
-        "column linear: not supported: a bias that is skipped, of key/value heads that several canonical blocks hold: it has \
+        "column linear: not supported: `Bias::Skip` of key/value heads that several canonical blocks hold: the bias has \
          fewer elements than the output has columns"
     );
     let model = |group: &Group<Dev>| {

@@ -196,13 +196,13 @@ fn what_is_no_part_of_the_model_is_refused() {
     let many = refused(&config(), Schedule::gpipe(8, 1), 0);
     assert_eq!(many, "decoder: the number of blocks is 7, but that of stages is 8");
     let none = refused(&config(), Schedule::custom(0, 1, vec![vec![]]), 0);
-    assert_eq!(none, "decoder: a schedule without ranks, or whose ranks hold no chunk");
+    assert_eq!(none, "decoder: the schedule has no ranks, or its ranks have no chunks");
     let mut changed = config();
     changed.block.attention.choices.scale = Some(2.0);
     let unused = refused(&changed, Schedule::gpipe(1, 1), 0);
     assert_eq!(
         unused,
-        "decoder: the choices and the rope of `block.attention` are those of no layer: change both, it and `layers`"
+        "decoder: no layer has the choices and the rope of `block.attention`: change `layers` too"
     );
 
     let first = load(&config(), &Schedule::gpipe(2, 1), 0).unwrap();
@@ -221,7 +221,7 @@ fn what_is_no_part_of_the_model_is_refused() {
     dropping.dropout = 0.1;
     let drops = load(&dropping, &Schedule::gpipe(1, 1), 0).unwrap();
     let drawn = drops.forward(&ids, Sequences::one(2)).err().unwrap().to_string();
-    assert!(drawn.contains("has dropout, which a forward does not draw"), "{drawn}");
+    assert!(drawn.contains("has dropout, but `forward` draws no masks"), "{drawn}");
 
     // The ends have tokens for too few microbatches. Then the stages pass on another width than
     // announced.

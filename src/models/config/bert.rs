@@ -1,4 +1,4 @@
-//! BERT.
+//! Reads the configuration of BERT.
 
 use super::{BertConfig, HUGE, MANY, activation, checked, common, ignored, json::Json, padding, positive};
 use crate::{
@@ -6,7 +6,7 @@ use crate::{
     parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement},
 };
 
-/// The classes with this encoder. They differ in their heads only.
+/// The classes with this encoder. They differ only in their heads.
 const ARCHITECTURES: [&str; 8] = [
     "BertModel",
     "BertForMaskedLM",

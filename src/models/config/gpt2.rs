@@ -1,4 +1,4 @@
-//! GPT-2.
+//! Reads the configuration of GPT-2.
 
 use super::{
     DecoderConfig, DecoderNames, HUGE, LayerChoices, MANY, activation, checked, common, ignored, json::Json,

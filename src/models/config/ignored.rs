@@ -1,6 +1,6 @@
-//! Keys that transformers writes and that do not change what a model computes.
+//! The keys that transformers writes and that do not change the result of a model.
 
-/// The origin of the file, and how to run the model.
+/// Keys for the origin of the file, and for running the model.
 const ORIGIN: &[&str] = &[
     "_name_or_path",
     "name_or_path",
@@ -28,7 +28,7 @@ const ORIGIN: &[&str] = &[
     "tf_legacy_loss",
 ];
 
-/// The outputs of transformers' functions.
+/// Keys that select the outputs of transformers' functions.
 const OUTPUTS: &[&str] = &[
     "output_attentions",
     "output_hidden_states",
@@ -39,7 +39,7 @@ const OUTPUTS: &[&str] = &[
     "use_return_dict",
 ];
 
-/// Heads of other tasks.
+/// Keys for the heads of other tasks.
 const TASKS: &[&str] = &[
     "_num_labels",
     "finetuning_task",
@@ -50,7 +50,7 @@ const TASKS: &[&str] = &[
     "task_specific_params",
 ];
 
-/// Special tokens and sampling. The tokens that end a text are read elsewhere.
+/// Keys for special tokens and sampling. The families' files read `eos_token_id`.
 const GENERATION: &[&str] = &[
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -86,8 +86,8 @@ const GENERATION: &[&str] = &[
     "unk_token_id",
 ];
 
-/// Dropout. These models have none: they compute what transformers' models compute after `eval()`,
-/// also in training.
+/// Probabilities of dropout. A model that is read from a file has no dropout, even in training: its
+/// results are those of transformers' model after `eval()`.
 const DROPOUT: &[&str] = &[
     "attention_dropout",
     "attention_probs_dropout_prob",
@@ -103,11 +103,12 @@ const DROPOUT: &[&str] = &[
 /// The ignored keys of every family.
 pub(super) const COMMON: &[&[&str]] = &[ORIGIN, OUTPUTS, TASKS, GENERATION, DROPOUT];
 
-/// The ignored keys of Llama, Mistral and Qwen: those of Hugging Face's training and of files older
-/// than the model in transformers, and `attention_bias`, as Qwen2 always has biases.
+/// The ignored keys of Llama, Mistral and Qwen: keys of Hugging Face's training, keys of files
+/// older than the model in transformers, and `attention_bias`, because Qwen2 always has biases.
 pub(super) const LLAMA: &[&str] = &["attention_bias", "is_decoder", "is_llama_config", "max_sequence_length"];
 
-/// The ignored keys of GPT-2: heads for other tasks, and the order of sums in half precision.
+/// The ignored keys of GPT-2: keys for the heads of other tasks, and for the order of sums in half
+/// precision.
 pub(super) const GPT2: &[&str] = &[
     "is_decoder",
     "n_ctx",
@@ -120,7 +121,7 @@ pub(super) const GPT2: &[&str] = &[
     "summary_use_proj",
 ];
 
-/// The ignored keys of BERT: pooler and heads, which the encoder does not have.
+/// The ignored keys of BERT: keys for the pooler and the heads, which the encoder does not have.
 pub(super) const BERT: &[&str] = &[
     "directionality",
     "eos_token_id",

@@ -48,7 +48,7 @@ impl<'a> Json<'a> {
     }
 
     pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>, String> {
-        self.get(key, "a text", Value::as_str)
+        self.get(key, "a string", Value::as_str)
     }
 
     pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, String> {
@@ -63,7 +63,7 @@ impl<'a> Json<'a> {
         self.get(key, "a list", |value| value.as_array().map(Vec::as_slice))
     }
 
-    /// Reads an object inside this one. An empty one counts as absent.
+    /// Reads an object inside this one. An empty object counts as absent.
     pub(super) fn object(&self, key: &'static str) -> Result<Option<Self>, String> {
         let inner = |map| Self { path: key, ..Self::new(self.kind, map) };
         let object = self.get(key, "an object", |value| value.as_object().map(inner))?;
@@ -114,7 +114,7 @@ impl<'a> Json<'a> {
         self.each(key, |value| *value == known || value.as_f64().is_some_and(|x| known.as_f64() == Some(x)))
     }
 
-    /// Returns an error if the key has a value for which `fine` is false.
+    /// Returns an error if the key has a value other than `null` for which `fine` is false.
     pub(super) fn each(&self, key: &str, fine: impl Fn(&Value) -> bool) -> Result<(), String> {
         match self.raw(key) {
             Some(value) if !value.is_null() && !fine(value) => Err(self.not_known(key, value)),
@@ -122,7 +122,8 @@ impl<'a> Json<'a> {
         }
     }
 
-    /// Rejects the first key that was not read and is not in `ignored`.
+    /// Rejects the first key that was not read, is not in `ignored`, and has a value other than
+    /// `null`.
     pub(super) fn finish(&self, ignored: &[&[&str]]) -> Result<(), String> {
         let asked = self.asked.borrow();
         let known = |key: &str| asked.contains(key) || ignored.iter().any(|keys| keys.contains(&key));

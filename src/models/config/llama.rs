@@ -1,4 +1,4 @@
-//! Llama, Mistral, Ministral, Qwen2 and Qwen3.
+//! Reads the configurations of Llama, Mistral, Ministral, Qwen2 and Qwen3.
 
 use super::{
     DecoderConfig, DecoderNames, HUGE, LayerChoices, MANY, activation, checked, common, ignored, json::Json,
@@ -12,9 +12,9 @@ use serde_json::Value;
 
 /// The defaults of transformers' classes for missing keys.
 struct Defaults {
-    /// `None` for the number of query heads, which a `null` in the file also means.
+    /// `None` means the number of query heads. So does a `null` in the file.
     kv_heads: Option<usize>,
-    /// The features of a head, if that is not hidden / heads.
+    /// The features of a head; `None` means hidden / heads.
     head_dim: Option<usize>,
     context: usize,
     window: usize,
@@ -63,7 +63,7 @@ pub(super) fn read(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderCon
         None => usual.kv_heads.unwrap_or(heads),
     };
     let context = json.optional_size("max_position_embeddings", HUGE)?.unwrap_or(usual.context);
-    // Only two of the families have the option. Qwen2 always has biases of q, k and v.
+    // Only Llama and Qwen3 have the option. Qwen2 always has biases of q, k and v.
     let bias = match kind {
         "llama" | "qwen3" => json.flag("attention_bias")?.unwrap_or(false),
         "qwen2" => false,
@@ -137,7 +137,7 @@ fn windows(kind: &str, json: &Json<'_>, layers: usize, usual: usize) -> Result<V
     }
     let window = json.optional_size("sliding_window", HUGE)?;
     let usual = (!json.is_null("sliding_window")).then_some(usual);
-    // The first layers of Qwen2 and Qwen3 have no window.
+    // In Qwen2 and Qwen3, the first `max_window_layers` layers have no window.
     let (used, first) = match kind {
         "qwen2" | "qwen3" => (
             json.flag("use_sliding_window")?.unwrap_or(false),

@@ -1,6 +1,7 @@
-//! Hugging Face's `config.json`. The file is not trusted: every number has a limit, and every key
-//! is read, known to have no influence (`ignored.rs`), or rejected by its name. There is a Rust
-//! file for each family. Missing keys have the defaults of transformers' class of that family.
+//! Reads Hugging Face's `config.json`. The file is not trusted, so every number has a limit. A key
+//! is either read, or ignored because it does not change the result (`ignored.rs`), or rejected by
+//! an error that names it. There is a Rust file for each family. A missing key has the default of
+//! transformers' class of that family.
 
 mod bert;
 mod gpt2;
@@ -25,7 +26,7 @@ use std::{
     path::Path,
 };
 
-/// The families, by `model_type`.
+/// The known values of `model_type`.
 const KNOWN: [&str; 7] = ["llama", "mistral", "ministral", "qwen2", "qwen3", "gpt2", "bert"];
 
 /// The largest size of a configuration, in bytes.
@@ -34,7 +35,8 @@ const MAX_BYTES: u64 = 1 << 20;
 /// The largest number of layers, of heads, and of features of a head.
 const MANY: usize = 1 << 16;
 
-/// The largest number of features, words and positions. Products of two are far from overflow.
+/// The largest number of features, words and positions. The product of two such numbers does not
+/// overflow.
 const HUGE: usize = 1 << 28;
 
 /// The configuration of a model of this crate.
@@ -54,23 +56,23 @@ pub enum ModelConfig {
 pub struct DecoderConfig {
     /// The number of tokens in the vocabulary.
     pub vocabulary: usize,
-    /// The rows of the table of learned positions, if there is one.
+    /// The number of learned positions, if the model has a table of them.
     pub positions: Option<usize>,
-    /// The longest sequence that the model was made for, if the file says it.
+    /// The longest sequence that the model was trained for, if that is known.
     pub context: Option<usize>,
     /// Whether the output head is the embedding's table.
     pub tied: bool,
-    /// The common configuration of all blocks. Its attention's choices and rope must be those of
-    /// some layer.
+    /// The common configuration of all blocks. At least one entry of `layers` must have the choices
+    /// and the rope of its attention.
     pub block: BlockConfig,
-    /// The choices of each block.
+    /// The options of each block, which replace those of `block`.
     pub layers: Vec<LayerChoices>,
-    /// The probability of dropout on the embeddings, in training by [`super::DecoderEnds`]. 0 in
-    /// every configuration read from a file.
+    /// The probability of dropout on the embeddings. Only [`super::DecoderEnds`] applies it. It is
+    /// 0 in every configuration read from a file.
     pub dropout: f64,
-    /// The number of first blocks that save only their input and recompute their forward in the
-    /// backward ([`Recompute`](crate::parallel::Recompute)). 0 in every configuration read from a
-    /// file.
+    /// The number of blocks, counted from the first, that save only their input and recompute their
+    /// forward in the backward ([`Recompute`](crate::parallel::Recompute)). It is 0 in every
+    /// configuration read from a file.
     pub recomputed: usize,
     /// The names of the tensors outside the blocks.
     pub names: DecoderNames,
@@ -79,10 +81,10 @@ pub struct DecoderConfig {
     /// The id whose lookup adds nothing to the embedding's gradient (`pad_token_id`), if there is
     /// one.
     pub padding: Option<u32>,
-    /// The tokens that end a text, by `config.json` and `generation_config.json`.
+    /// The tokens that end a text, from `config.json` and `generation_config.json`.
     pub ends: Vec<u32>,
-    /// The text of the configuration, which a saved model gets with the `dtype` of its weights.
-    /// Empty if the configuration was not read from a file.
+    /// The text of the configuration. A saved model gets this text with the `dtype` of its weights.
+    /// It is empty if the configuration was not read from a file.
     pub json: String,
 }
 
@@ -90,7 +92,7 @@ pub struct DecoderConfig {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct LayerChoices {
-    /// The mask and the scale of scores.
+    /// The mask and the scale of the attention scores.
     pub attention: AttentionChoices,
     /// The rotary embedding of q and k, if there is one.
     pub rope: Option<RopeConfig>,
@@ -104,8 +106,8 @@ impl LayerChoices {
 }
 
 impl DecoderConfig {
-    /// A decoder of `layers` equal blocks with a tied head and the default names, without learned
-    /// positions, padding or tokens that end a text.
+    /// Makes a decoder of `layers` equal blocks with a tied head and the default names, without
+    /// learned positions, padding or tokens that end a text.
     ///
     /// ```
     /// use shardwise::{models::{Decoder, DecoderConfig}, prelude::*};
@@ -153,11 +155,12 @@ impl DecoderConfig {
         if self.layers.is_empty() || self.layers.iter().any(is_common) {
             return Ok(());
         }
-        let reason = "the choices and the rope of `block.attention` are those of no layer: change both, it and `layers`";
+        let reason = "no layer has the choices and the rope of `block.attention`: change `layers` too";
         Err(Error::invalid("decoder", reason))
     }
 
-    /// Returns the configuration of a layer's block: the common one with the choices of the layer.
+    /// Returns the configuration of a layer's block: the common configuration with the options of
+    /// the layer.
     ///
     /// # Panics
     /// When there is no such layer.
@@ -173,8 +176,8 @@ impl DecoderConfig {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DecoderNames {
-    /// The prefix of all names but the head's in checkpoints of whole language models. Checkpoints
-    /// of bare models lack it.
+    /// The prefix of all names except the head's, in checkpoints of whole language models. In
+    /// checkpoints of bare models, the names have no prefix.
     pub prefix: &'static str,
     /// The embedding.
     pub embedding: &'static str,
@@ -219,14 +222,14 @@ pub struct BertConfig {
     pub padding: Option<u32>,
     /// The blocks.
     pub block: BlockConfig,
-    /// The text of the configuration, which a saved model gets with the `dtype` of its weights.
-    /// Empty if the configuration was not read from a file.
+    /// The text of the configuration. A saved model gets this text with the `dtype` of its weights.
+    /// It is empty if the configuration was not read from a file.
     pub json: String,
 }
 
 impl BertConfig {
-    /// An encoder of `layers` equal blocks, with tables of these numbers of positions and token
-    /// types, without padding.
+    /// Makes an encoder of `layers` equal blocks, with tables of `positions` positions and `types`
+    /// token types, without padding.
     pub fn new(
         vocabulary: usize,
         (positions, types): (usize, usize),
@@ -238,18 +241,18 @@ impl BertConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` of a checkpoint's folder, or the file itself. In a folder, also reads
-    /// the tokens that end a text from `generation_config.json`, if it exists. After an interrupted
-    /// save, reads the configuration of the weights that are in place: see
-    /// [`crate::weights::Save`].
+    /// Reads a configuration. `path` is the folder of a checkpoint, or its `config.json`. From a
+    /// folder, also reads the tokens that end a text from `generation_config.json`, if that file
+    /// exists. After an interrupted save, reads the configuration that belongs to the weights in
+    /// the folder: see [`crate::weights::Save`].
     ///
-    /// Ignores keys that change nothing. Among them are the probabilities of dropout, which the
-    /// models of this crate do not have, not even in training. Rejects unknown keys, since they may
-    /// change what the model computes.
+    /// Ignores keys that do not change the result, and the probabilities of dropout: a model that
+    /// is read from a file has no dropout, not even in training. Rejects unknown keys, because they
+    /// may change the result.
     ///
     /// # Errors
-    /// [`Error::Io`] when a file cannot be read. [`Error::Config`] when it is longer than 1 MiB, is
-    /// not such a configuration, has an unknown key or value that may change the result, or
+    /// [`Error::Io`] when a file cannot be read. [`Error::Config`] when a file is longer than 1
+    /// MiB, is not a configuration, has an unknown key or value that may change the result, or
     /// describes a model that this crate does not have.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
@@ -271,17 +274,17 @@ impl ModelConfig {
     /// Parses the text of a `config.json`.
     ///
     /// # Errors
-    /// A description of the first problem.
+    /// Returns a description of the first problem.
     pub fn parse(text: &str) -> Result<Self, String> {
         Self::with_ends(text, Vec::new())
     }
 
-    /// Parses the text, and adds tokens that end a text. If the text itself has none, the class's
-    /// default is dropped.
+    /// Parses the text, and adds `more` to the tokens that end a text. If `more` is not empty and
+    /// the text has no `eos_token_id`, drops the default of transformers' class.
     fn with_ends(text: &str, more: Vec<u32>) -> Result<Self, String> {
         let map = object(text)?;
         let kind = match map.get("model_type") {
-            Some(kind) => kind.as_str().ok_or("`model_type` is not a text")?,
+            Some(kind) => kind.as_str().ok_or("`model_type` is not a string")?,
             None => return Err("`model_type` is missing".into()),
         };
         let json = Json::new(kind, &map);
@@ -307,9 +310,9 @@ impl ModelConfig {
     }
 }
 
-/// Sets the element type of the stored weights in a configuration: under `torch_dtype`, the older
-/// key, if it has only that, else under `dtype`. Returns the text unchanged if it has the value, or
-/// is not a JSON object.
+/// Sets the element type of the stored weights in the text of a configuration. Sets `torch_dtype`,
+/// the older key, if the text has it. Sets `dtype` if the text has it, or has neither key. Returns
+/// the text unchanged if the keys have the value, or if the text is not a JSON object.
 pub(super) fn stored_as(text: &str, dtype: DType) -> String {
     let Ok(Value::Object(mut json)) = serde_json::from_str(text) else { return text.into() };
     let name = Value::from(match dtype {
@@ -333,21 +336,21 @@ pub(super) fn stored_as(text: &str, dtype: DType) -> String {
 fn text(path: &Path) -> Result<String> {
     let io = |error: io::Error| Error::io(path, &error);
     let bad = |reason: String| Error::Config { path: path.into(), reason };
-    // Checked before opening, because opening a pipe waits for its writer.
+    // Checks the type before opening the file, because opening a pipe waits for its writer.
     if !fs::metadata(path).map_err(io)?.is_file() {
         return Err(Error::no_file(path));
     }
     let mut bytes = Vec::new();
     fs::File::open(path).map_err(io)?.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
     let no_config =
-        |what: &str| bad(format!("this is {what}, and no config.json; a model is read from its folder"));
+        |what: &str| bad(format!("this is {what}, not a config.json: pass the folder of the model"));
     if bytes.starts_with(b"GGUF") {
         return Err(no_config("a GGUF file"));
     }
     if bytes.len() as u64 > MAX_BYTES {
-        return Err(no_config(&format!("more than {MAX_BYTES} bytes")));
+        return Err(no_config(&format!("a file of more than {MAX_BYTES} bytes")));
     }
-    String::from_utf8(bytes).map_err(|_| no_config("no text"))
+    String::from_utf8(bytes).map_err(|_| no_config("a binary file"))
 }
 
 /// Parses a JSON object.
@@ -390,7 +393,10 @@ fn checked(block: BlockConfig) -> Result<BlockConfig, String> {
         return Err(format!("{heads} query heads are not a multiple of {kv_heads} key/value heads"));
     }
     if head_dim == 0 || head_dim > MANY || heads * head_dim > HUGE || block.ffn > HUGE {
-        return Err(format!("{heads} heads of {head_dim} features and {} between are no sizes", block.ffn));
+        return Err(format!(
+            "{heads} heads of {head_dim} features, or {} MLP features, are out of range",
+            block.ffn
+        ));
     }
     if block.attention.rope.is_none() && heads * head_dim != hidden {
         return Err(format!("{hidden} features are not a multiple of {heads} heads"));
@@ -415,8 +421,8 @@ fn positive(key: &str, value: f64) -> Result<f64, String> {
     Err(format!("`{key}` is {value}"))
 }
 
-/// Reads `pad_token_id`: `null` means none, a missing key means `usual`. A negative id counts from
-/// the end of the vocabulary, as in PyTorch.
+/// Reads `pad_token_id`: `null` means no padding, a missing key means `usual`. A negative id counts
+/// from the end of the vocabulary, as in PyTorch.
 fn padding(json: &Json<'_>, usual: Option<u32>) -> Result<Option<u32>, String> {
     let Some(value) = json.raw("pad_token_id") else { return Ok(usual) };
     if value.is_null() {

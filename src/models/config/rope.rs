@@ -1,4 +1,4 @@
-//! The rotary embedding of a configuration.
+//! Reads the rotary embedding of a configuration.
 
 use super::{HUGE, json::Json, positive};
 use crate::{
@@ -7,11 +7,12 @@ use crate::{
 };
 use serde_json::Map;
 
-/// Reads the rotary embedding: `rope_parameters`, or in older files `rope_theta` and
-/// `rope_scaling`. If there are both, transformers takes `rope_scaling`.
+/// Reads the rotary embedding from `rope_parameters`, or in older files from `rope_theta` and
+/// `rope_scaling`. If a file has both `rope_parameters` and `rope_scaling`, takes `rope_scaling`,
+/// as transformers does.
 ///
-/// `partial_rotary_factor` must be 1: transformers' models of these families rotate all features of
-/// a head, or fail.
+/// `partial_rotary_factor` must be 1, because transformers' models of these families rotate all
+/// features of a head, or fail.
 pub(super) fn rope(json: &Json<'_>, head_dim: usize, context: usize) -> Result<RopeConfig, String> {
     let (new, old) = (json.object("rope_parameters")?, json.object("rope_scaling")?);
     let empty = Map::new();
@@ -36,8 +37,8 @@ fn scaling(json: &Json<'_>, inner: &Json<'_>, kind: &str, context: usize) -> Res
         let factor = inner.number("factor")?;
         positive("factor", factor.ok_or_else(|| format!("rope of type `{kind}` without a `factor`"))?)
     };
-    // The trained length, which some types need: next to the rope parameters, in them, or the
-    // model's context.
+    // Some types need the trained length. It is a key of the configuration, a key of the rope
+    // parameters, or otherwise the model's context.
     let key = "original_max_position_embeddings";
     let (outer, own) = (json.optional_size(key, HUGE)?, inner.optional_size(key, HUGE)?);
     let trained = outer.or(own).unwrap_or(context);
@@ -45,7 +46,8 @@ fn scaling(json: &Json<'_>, inner: &Json<'_>, kind: &str, context: usize) -> Res
     Ok(match kind {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: factor()? },
-        // Transformers uses the model's context here, so another length is an error.
+        // Transformers uses the model's context for this type, so another trained length is an
+        // error.
         "dynamic" if trained != context => {
             return Err(format!(
                 "rope of type `dynamic` with `{key}` of {trained}, but `max_position_embeddings` is {context}"

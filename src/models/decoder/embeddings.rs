@@ -22,7 +22,7 @@ pub(super) struct Embeddings<S: ResidualStream, T: Element, B: Device> {
     dropout: Dropout<S>,
 }
 
-/// What the backward of [`Embeddings`] needs.
+/// The values that the forward of [`Embeddings`] saves for its backward.
 pub(super) struct EmbeddingsSaved<S: ResidualStream, T: Element, B: Backend> {
     rows: Vec<u32>,
     positions: Option<Vec<u32>>,
@@ -82,7 +82,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Embeddings<S, T, B> {
         self.words.backward(&saved.rows, dx)
     }
 
-    /// Returns the table of words, then that of positions.
+    /// Returns the table of words, then the table of positions if there is one.
     pub(super) fn params(&self) -> Vec<Param<T, B>> {
         let positions = self.positions.iter().flat_map(Layer::params);
         self.words.params().into_iter().chain(positions).collect()

@@ -1,4 +1,4 @@
-//! The first and last stage of a decoder in a pipeline.
+//! The input and the loss of a decoder in a pipeline.
 
 use super::{Decoder, embeddings::EmbeddingsSaved};
 use crate::{
@@ -9,12 +9,13 @@ use crate::{
     train::{Microbatch, PipelineEnds},
 };
 
-/// The two ends of a [`Decoder`] in a [`Pipeline`](crate::train::Pipeline): the embedding of ids in
-/// the first stage, and the head and a cross entropy after the last one.
+/// The two ends of a [`Decoder`] in a [`Pipeline`](crate::train::Pipeline): the embedding of ids
+/// before the first stage, and the head and a cross entropy after the last stage.
 ///
-/// The gradient is that of `scale` times the sum of all tokens' losses. With a scale of one over
-/// the number of tokens of the whole batch, it is that of the mean loss. Without a scale there is
-/// no backward and no dropout: [`Pipeline::evaluate`](crate::train::Pipeline::evaluate).
+/// The backward computes the gradient of `scale` times the sum of all tokens' losses. With a scale
+/// of one over the number of tokens of the whole batch, this is the gradient of the mean loss.
+/// Without a scale there is no backward and no dropout. Then run
+/// [`Pipeline::evaluate`](crate::train::Pipeline::evaluate).
 pub struct DecoderEnds<'a, S: ResidualStream, T: Element, B: Backend> {
     model: &'a Decoder<S, T, B>,
     tokens: Vec<Tokens<'a>>,
@@ -34,8 +35,8 @@ pub struct Tokens<'a> {
 }
 
 impl<'a, S: ResidualStream, T: Element, B: Backend> DecoderEnds<'a, S, T, B> {
-    /// Makes the ends for microbatches of these tokens, which are the same on every rank of a
-    /// replica.
+    /// Makes the ends for microbatches of these tokens. All ranks of a replica pass the same
+    /// tokens.
     pub fn new(
         model: &'a Decoder<S, T, B>,
         tokens: Vec<Tokens<'a>>,
@@ -46,8 +47,8 @@ impl<'a, S: ResidualStream, T: Element, B: Backend> DecoderEnds<'a, S, T, B> {
         Self { model, tokens, loss, scale, saved, losses }
     }
 
-    /// Returns the sum of the losses of each microbatch's tokens; 0 if this rank does not have the
-    /// last stage.
+    /// Returns the sum of the tokens' losses for each microbatch. The sums are 0 if this rank does
+    /// not have the last stage.
     pub fn losses(&self) -> &[f64] {
         &self.losses
     }
@@ -74,7 +75,7 @@ impl<S: ResidualStream, T: Element, B: Backend> PipelineEnds<S, T, B> for Decode
 
     #[track_caller]
     fn input_grad(&mut self, number: usize, dx: DTensor<S, T, B>) -> Result<()> {
-        let missing = || Error::internal("decoder", "a gradient of ids that were not embedded");
+        let missing = || Error::internal("decoder", "the gradient of a microbatch without saved embeddings");
         let saved = self.saved.get_mut(number).and_then(Option::take).ok_or_else(missing)?;
         self.model.first()?.backward(saved, dx)
     }

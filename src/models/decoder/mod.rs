@@ -24,30 +24,30 @@ use crate::{
 use embeddings::{Embeddings, EmbeddingsSaved};
 use std::{ops::Range, path::Path};
 
-/// Suffixes of the names of buffers in old checkpoints: frequencies and masks, not parameters.
+/// Name suffixes of buffers in old checkpoints. They are frequencies and masks, not parameters.
 const BUFFERS: [&str; 3] = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
 
-/// logits = head(norm(blocks(embedding(ids)))): a causal language model, with learned positions
-/// added to the embedding if the model has them. Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2,
-/// by [`DecoderConfig`].
+/// logits = head(norm(blocks(embedding(ids)))): a causal language model. The embedding adds learned
+/// positions if the model has them. [`DecoderConfig`] selects Llama, Mistral, Ministral, Qwen2,
+/// Qwen3 or GPT-2.
 ///
-/// * Ids: the same on every rank. Logits: [`Shard<1>`], `[tokens, vocabulary]`, as even as whole
-///   tokens allow, never gathered.
-/// * Collectives forward: S leaving for the embedding, two S entering and two S leaving per block,
-///   S entering for the head.
-/// * Training ([`Decoder::forward`], [`Decoder::backward`]) with either residual stream; generation
-///   ([`Decoder::step`]) with `Replicated`.
-/// * [`Decoder::load_stages`] reads the stages of one rank of a pipeline. [`DecoderEnds`] runs them
-///   in a [`Pipeline`](crate::train::Pipeline).
+/// * Ids: the same on every rank. Logits: [`Shard<1>`], `[tokens, vocabulary]`, with the partition
+///   of [`Columns::even`]. The ranks never gather them.
+/// * Collectives of the forward: S leaving once for the embedding, S entering and S leaving twice
+///   per block, S entering once for the head.
+/// * Training ([`Decoder::forward`], [`Decoder::backward`]) works with either residual stream,
+///   generation ([`Decoder::step`]) only with `Replicated`.
+/// * [`Decoder::load_stages`] reads the stages of one rank of a pipeline. [`DecoderEnds`] gives a
+///   [`Pipeline`](crate::train::Pipeline) its input and its loss.
 #[derive(Debug)]
 pub struct Decoder<S: ResidualStream, T: Element, B: Device> {
     group: Group<B>,
     config: DecoderConfig,
-    /// On the rank of the first stage.
+    /// The embeddings, if this rank has the first stage.
     embeddings: Option<Embeddings<S, T, B>>,
     /// The blocks of each of this rank's stages.
     chunks: Vec<Blocks<S, T, B>>,
-    /// On the rank of the last stage.
+    /// The last normalization and the head, if this rank has the last stage.
     head: Option<Head<S, T, B>>,
 }
 
@@ -55,7 +55,7 @@ type Blocks<S, T, B> = Vec<Recompute<TransformerBlock<S, T, B>>>;
 type Head<S, T, B> = Chain<Normalize<S, T, B>, ColumnParallelLinear<S, T, B>>;
 type HeadSaved<S, T, B> = <Head<S, T, B> as Layer<T, B>>::Saved;
 
-/// What the backward of a [`Decoder`] needs.
+/// The values that the forward of a [`Decoder`] saves for its backward.
 pub struct DecoderSaved<S: ResidualStream, T: Element, B: Backend> {
     embeddings: EmbeddingsSaved<S, T, B>,
     chunks: <Vec<Blocks<S, T, B>> as Layer<T, B>>::Saved,
@@ -66,31 +66,31 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
     /// Reads this rank's shard of a checkpoint of a language model, or of the bare model without
     /// its head.
     ///
-    /// The checkpoint of a tied model may contain a head that equals the embedding's table.
-    /// Collective: in this case an all-reduce of one element.
+    /// The checkpoint of a tied model may contain a head. Then an all-reduce of one element checks
+    /// that the head equals the embedding's table on every rank.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, the source has tensors of the model that no
-    /// parameter has read or a head that differs from the tied table (the error names them), no
-    /// layer has the choices of the configuration's `block`, there are fewer heads or tokens in the
-    /// vocabulary than ranks, or a collective fails.
+    /// parameter has read (the error names them), the head of a tied model differs from the table,
+    /// no layer has the choices of the configuration's `block`, there are fewer heads or tokens in
+    /// the vocabulary than ranks, or a collective fails.
     #[track_caller]
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &DecoderConfig) -> Result<Self> {
         Self::load_stages(group, source, config, &Schedule::gpipe(1, 1), 0)
     }
 
-    /// Reads this rank's shard of the stages of rank `pipeline_rank` of a pipeline. The blocks are
-    /// divided over the stages as evenly as possible. The first rank also has the embeddings, the
-    /// last one the final normalization and the head.
+    /// Reads this rank's shard of the stages that rank `pipeline_rank` of a pipeline runs. The
+    /// blocks are divided over the stages as evenly as possible. The first pipeline rank also has
+    /// the embeddings, and the last one the final normalization and the head.
     ///
-    /// If the two ends of a tied model are on different ranks, each has the table. The last one has
-    /// it as a copy that is not saved. Pass [`Decoder::tied`] to
+    /// If the two ends of a tied model are on different pipeline ranks, both have the table. The
+    /// last rank's table is a copy that is not saved. Pass [`Decoder::tied`] to
     /// [`Pipeline::sum_tied`](crate::train::Pipeline::sum_tied) once per step: after the last
     /// backward, before gradient norms and the optimizer.
     ///
     /// # Errors
-    /// As [`Decoder::load`], and when the pipeline has no such rank, no chunks, or more stages than
-    /// blocks.
+    /// As [`Decoder::load`], and when the pipeline has no such rank, has no chunks, or has more
+    /// stages than blocks.
     #[track_caller]
     pub fn load_stages(
         group: &Group<B>,
@@ -102,7 +102,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         let (rank, ranks, stages) = (pipeline_rank, schedule.ranks(), schedule.stages());
         config.check_layers()?;
         if stages == 0 {
-            return Err(Error::invalid("decoder", "a schedule without ranks, or whose ranks hold no chunk"));
+            return Err(Error::invalid("decoder", "the schedule has no ranks, or its ranks have no chunks"));
         }
         if rank >= ranks {
             return Err(Error::sizes(
@@ -166,7 +166,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
             .collect(),
         };
         let model = Self { group: group.clone(), config: config.clone(), embeddings, chunks, head };
-        // A source of random weights contains every name, so it must also list its names.
+        // A source of random weights contains every name, so a head counts only if the source lists
+        // its names.
         let other_head = config.tied && source.names().is_some() && source.contains(&head_name);
         if let (true, Some(table)) = (other_head, model.tied()) {
             refuse_another_head(group, &source, &head_name, &table)?;
@@ -195,7 +196,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         &self.chunks
     }
 
-    /// Returns the weight that the embedding and the head share, if this rank has either.
+    /// Returns the weight that the embedding and the head share; `None` if they share none, or this
+    /// rank has neither.
     pub fn tied(&self) -> Option<Param<T, B>> {
         if !self.config.tied {
             return None;
@@ -220,12 +222,13 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         self.head.as_ref().ok_or_else(|| elsewhere("last"))
     }
 
-    /// Computes the logits of the token after each of `ids`, which form these sequences, and what
-    /// the backward needs.
+    /// Computes the logits of the token after each id, and the saved values for the backward. The
+    /// ids form these sequences.
     ///
     /// # Errors
-    /// When an id is beyond the vocabulary, sizes disagree, another rank has an end of the model,
-    /// the configuration has dropout (only [`DecoderEnds`] draws masks), or a collective fails.
+    /// When an id is beyond the vocabulary or a position beyond its table, sizes disagree, this
+    /// rank lacks an end of the model, the configuration has dropout (only [`DecoderEnds`] draws
+    /// masks), or a collective fails.
     pub fn forward(
         &self,
         ids: &[u32],
@@ -235,7 +238,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         self.check_context(&sequences)?;
         if self.config.dropout != 0.0 {
             let reason =
-                "the configuration has dropout, which a forward does not draw: train by `DecoderEnds`";
+                "the configuration has dropout, but `forward` draws no masks: train by `DecoderEnds`";
             return Err(Error::invalid("decoder", reason));
         }
         let (x, embeddings) = first.forward(ids, sequences, None)?;
@@ -244,7 +247,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         Ok((logits, DecoderSaved { embeddings, chunks, head }))
     }
 
-    /// Adds to the gradients of all parameters, given the gradient of the logits.
+    /// Adds to the gradients of all parameters. `dlogits` is the gradient of the logits.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
@@ -258,7 +261,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
     /// a backward.
     ///
     /// # Errors
-    /// As there, except for dropout.
+    /// As [`Decoder::forward`], except for dropout.
     pub fn infer(&self, ids: &[u32], sequences: Sequences) -> Result<DTensor<Shard<1>, T, B>> {
         let (first, last) = (self.first()?, self.last()?);
         self.check_context(&sequences)?;
@@ -269,7 +272,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
     }
 
     /// Returns the parameters of this rank's stages, in the same order on every rank that shares
-    /// them. A tied table is listed once.
+    /// these stages. Lists a tied table once.
     pub fn params(&self) -> Vec<Param<T, B>> {
         let mut params = match &self.embeddings {
             Some(embeddings) => embeddings.params(),
@@ -283,14 +286,14 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         params
     }
 
-    /// Saves the model to a folder that this crate and transformers can read: `config.json`, with
-    /// the `dtype` of the weights, and `model.safetensors`, or several files with an index. Every
-    /// rank calls it; the first one writes. An older checkpoint in the folder is replaced
-    /// completely or not at all: see [`Save`].
+    /// Saves the model to a folder that this crate and transformers can read. Writes `config.json`,
+    /// with the `dtype` of the weights, and `model.safetensors`, or several such files with an
+    /// index. Every rank must call this; the first rank writes. An older checkpoint in the folder
+    /// is replaced completely or not at all: see [`Save`].
     ///
     /// # Errors
-    /// As [`Save::write`]. Also when another rank has an end of the model, or the configuration was
-    /// not read from a file: use [`weights::save`](crate::weights::save) then.
+    /// As [`Save::write`]. Also when this rank lacks an end of the model, or the configuration was
+    /// not read from a file. Then use [`weights::save`](crate::weights::save).
     #[track_caller]
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         self.first()?;
@@ -373,8 +376,8 @@ fn load_head<S: ResidualStream, T: Element, B: Backend>(
     Ok(Chain(norm, head))
 }
 
-/// Rejects a head that differs from the embedding's table, to which the configuration ties it. Each
-/// rank compares its own rows. A row that differs or cannot be read is an error on every rank.
+/// Rejects a head that differs from the embedding's table although the configuration ties the two.
+/// Each rank compares its own rows. A row that differs or cannot be read is an error on every rank.
 #[track_caller]
 fn refuse_another_head<T: Element, B: Backend>(
     group: &Group<B>,
@@ -408,20 +411,20 @@ fn refuse_another_head<T: Element, B: Backend>(
         return Ok(());
     }
     let reason = format!(
-        "the head is tied to the embedding, but `{head}` is not `{table}`; to use it, set `tie_word_embeddings` to false in \
-         config.json"
+        "the configuration ties the head to the embedding, but `{head}` differs from `{table}`: to use `{head}`, set \
+         `tie_word_embeddings` to false in config.json"
     );
     Err(Error::invalid("decoder", reason))
 }
 
-/// Whether a name contains a path such as `.h.`, or begins with it without the first dot.
+/// Whether a name contains a path such as `.h.`, or begins with the path without its first dot.
 fn is_in(name: &str, path: &str) -> bool {
     name.contains(path) || name.starts_with(&path[1..])
 }
 
 impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
-    /// Rejects the continuation of a prompt if a layer would have to compute it with other
-    /// frequencies than its beginning.
+    /// Rejects the continuation of a prompt if a layer would rotate it by other frequencies than
+    /// the beginning of the prompt.
     fn check_dynamic(&self, sequences: &Sequences) -> Result<()> {
         let dynamic = |layer: &LayerChoices| match layer.rope {
             Some(RopeConfig { scaling: RopeScaling::DynamicNtk { trained, .. }, .. }) => Some(trained),
@@ -434,7 +437,7 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
             if start > 0 && count > 1 && end > trained {
                 let reason = format!(
                     "{count} tokens after {start} of sequence {at} end at {end}, beyond the trained length of {trained}: \
-                     where RoPE is scaled by dynamic NTK, a prompt has to come in one step"
+                     with dynamic NTK scaling of RoPE, pass a prompt in one step"
                 );
                 return Err(Error::invalid("decoder", reason));
             }
@@ -451,21 +454,22 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
         KvCache::new(slots, capacity)
     }
 
-    /// Appends tokens to slots of the cache, `counts[i]` of `ids` to slot `slots[i]`. Returns the
-    /// logits of the token after the last one of each slot: `[slots.len(), vocabulary]`.
+    /// Appends the tokens `ids` to slots of the cache: `counts[i]` tokens to slot `slots[i]`.
+    /// Returns the logits of the next token of each slot: `[slots.len(), vocabulary]`.
     ///
-    /// A long prompt may be split over several steps to bound the memory of a step (chunked
+    /// The caller may split a long prompt over several steps to bound the memory of a step (chunked
     /// prefill). The result is the same up to rounding.
     ///
-    /// With [`RopeScaling::DynamicNtk`] this holds up to the trained length. Beyond it, a step uses
-    /// the frequencies of the length that it reaches, while keys and values of earlier steps stay
-    /// as they are, as in transformers with a cache. A longer prompt must therefore come in one
-    /// step, and the text continue token by token.
+    /// With [`RopeScaling::DynamicNtk`] the results are the same only up to the trained length.
+    /// Beyond that length, a step uses the frequencies of the length that the step reaches, but
+    /// does not rotate cached keys again, as in transformers with a cache. A longer prompt must
+    /// therefore come in one step. Later steps then append one token each.
     ///
     /// # Errors
-    /// When a slot gets no token, tokens do not fit, an id is beyond the vocabulary, several tokens
-    /// continue a text beyond the trained length of dynamic NTK scaling, or a collective fails. The
-    /// cache is then unchanged.
+    /// When a slot gets no token, tokens exceed the capacity or the learned positions, an id is
+    /// beyond the vocabulary, several tokens continue a text beyond the trained length of dynamic
+    /// NTK scaling, this rank lacks an end of the model, or a collective fails. The cached tokens
+    /// are then unchanged.
     pub fn step(
         &self,
         ids: &[u32],

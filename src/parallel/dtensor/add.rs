@@ -14,7 +14,8 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
     /// tensor shares it.
     ///
     /// # Errors
-    /// When the shapes, the groups or the partitions differ.
+    /// When the shapes, the groups or the partitions differ. Also for two [`Partial`] sums under an
+    /// invariant reduction.
     #[expect(clippy::should_implement_trait, reason = "a sum may fail")]
     pub fn add<Q: Fits<P>>(self, other: &DTensor<Q, T, B>) -> Result<Self> {
         same_shape("add", "a", self.shape().dims(), "b", other.shape().dims())?;
@@ -26,8 +27,9 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
             return Err(Error::invalid("add", "the two tensors have different partitions"));
         }
         if P::NAME == Partial::NAME && self.group.tree()?.is_some() {
-            // Sub-trees of two sums would be added at a height that depends on the number of ranks.
-            let reason = "two sums that are not reduced yet, with an invariant reduction: reduce both first";
+            // A rank would add the sums of its sub-trees, at a height of the tree that depends on
+            // the number of ranks.
+            let reason = "two unreduced sums under an invariant reduction: reduce both first";
             return Err(Error::Unsupported { op: "add", reason: reason.into() });
         }
         self.map_local(|local| ops::add(local, &other.local))

@@ -9,20 +9,22 @@ use crate::{
 /// The terms of a [`Partial`](crate::shard::Partial) tensor.
 #[derive(Clone)]
 pub(super) enum Addends<A: Element, B: Device> {
-    /// Every rank's local tensor, in any order.
+    /// Each rank has one term, its local tensor. The ranks add the terms in any order.
     Ranks,
-    /// As `Ranks`. In each element all ranks but one have +0, so that every order gives the same
-    /// bits.
+    /// As `Ranks`, but for each element at most one rank has a term other than +0, so that every
+    /// order gives the same bits.
     Exact,
-    /// Every rank's sum of its one sub-tree of the group's tree: the local tensor, which has the
-    /// accumulator's element type.
+    /// This rank has one term: the sum of its only sub-tree of the group's tree. The term is the
+    /// local tensor, whose element type is the accumulator's.
     Node,
-    /// Every rank's sums of its sub-trees of the group's tree.
+    /// This rank has one term for each of its sub-trees of the group's tree: the sum of the
+    /// sub-tree.
     Nodes(Vec<Tensor<A, B>>),
 }
 
 impl<A: Element, B: Device> Addends<A, B> {
-    /// Applies to every sub-tree's sum what the caller applies to the local tensor.
+    /// Applies `f` to the sum of every sub-tree. The caller applies the same function to the local
+    /// tensor.
     pub(super) fn map(&self, f: impl FnMut(&Tensor<A, B>) -> Result<Tensor<A, B>>) -> Result<Self> {
         Ok(match self {
             Self::Nodes(nodes) => Self::Nodes(nodes.iter().map(f).collect::<Result<_>>()?),

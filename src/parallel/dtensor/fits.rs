@@ -8,7 +8,7 @@ use crate::{
 
 /// `P: Fits<In>`: `P` and `In` are the same placement. Every placement fits itself and no other.
 ///
-/// This trait replaces an equality of types: where it does not hold, rustc prints the message
+/// Bounds use this trait instead of an equality of types, because rustc then prints the message
 /// below, which names the missing mapping.
 #[diagnostic::on_unimplemented(
     message = "a tensor held as `{Self}` is given where one held as `{In}` is taken",

@@ -8,7 +8,7 @@
 //! | `residual_stream.rs` | entering and leaving a tensor-parallel region |
 //! | `fits.rs`, `add.rs` | the bound that two placements are equal, and sums of two tensors |
 //! | `overlap.rs` | collectives in chunks of tokens, overlapped with products |
-//! | `addends.rs`, `partition.rs`, `rows.rs` | what the above share, without knowing `DTensor` |
+//! | `addends.rs`, `partition.rs`, `rows.rs` | helpers of the other files, without `DTensor` |
 
 mod add;
 mod addends;
@@ -34,15 +34,16 @@ use crate::{
 use addends::Addends;
 use std::{fmt, marker::PhantomData, ops::Range};
 
-/// A tensor spread over the ranks of a group with placement `P`: this rank's values, the group, and
-/// the layout of the whole tensor.
+/// A tensor that the ranks of a group hold with placement `P`. Contains this rank's values, the
+/// group, and the layout of the whole tensor.
 ///
 /// Dimension 0 of the whole tensor counts rows (tokens), dimension 1 features. Layers reject a
-/// third dimension: a batch is more rows. The sequences that the rows form travel with the tensor
-/// ([`DTensor::with_sequences`]), so that attention finds them. By default, all rows form one
-/// sequence.
+/// third dimension: concatenate the sequences of a batch along dimension 0. The tensor carries the
+/// sequences that its rows form ([`DTensor::with_sequences`]), because attention needs them. By
+/// default, all rows form one sequence.
 ///
-/// A layer, its input and its gradient must have the same group: [`DTensor::check`].
+/// A layer, its input and its gradient must have the same group, which layers check by
+/// [`DTensor::check`].
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -65,11 +66,12 @@ pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
     placement: PhantomData<P>,
 }
 
-/// A tensor's position in a training run. Dropout draws its masks from it.
+/// A tensor's position in a training run, from which dropout draws its masks.
 ///
-/// Masks are functions of this position and of global indices. They are therefore the same at every
-/// tensor-parallel size and in a backward that recomputes the forward. If `row` and `sequence`
-/// count from the start of the global batch, they are the same on every data-parallel mesh.
+/// A mask is a function of the dropout layer, this position and global indices. It is therefore the
+/// same at every tensor-parallel size, and when a backward recomputes the forward. If `row` and
+/// `sequence` count from the start of the global batch, it is also the same at every data-parallel
+/// size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DropoutState {
     /// The number of the training step.
@@ -78,18 +80,18 @@ pub struct DropoutState {
     /// last count as rows.
     pub row: u64,
     /// The tensor's first sequence, counted from the start of the step's batch.
-    /// [`MeanPool`](super::MeanPool) uses it as the row of its output.
+    /// [`MeanPool`](super::MeanPool) counts the rows of its output from this number.
     pub sequence: u64,
 }
 
-/// What every rank knows about the whole tensor.
+/// The description of the whole tensor, equal on every rank.
 #[derive(Clone, Debug)]
 struct Layout {
     shape: Shape,
-    /// The partition of the sharded dimension; only under `Shard`.
+    /// The partition of the sharded dimension; `None` unless the placement is `Shard`.
     partition: Option<Partition>,
-    /// The partition of the tokens before the tensor entered a tensor-parallel region, or after it
-    /// leaves one.
+    /// The partition of the tokens on a `Shard<0>` residual stream, before the tensor entered a
+    /// tensor-parallel region or after it leaves the region.
     token_partition: Option<Partition>,
     sequences: Sequences,
     dropout: Option<DropoutState>,
@@ -130,12 +132,12 @@ impl<P: Placement, T: Element, B: Device> fmt::Debug for DTensor<P, T, B> {
 }
 
 impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
-    /// Returns this rank's values; of a `Partial` tensor, this rank's term.
+    /// Returns this rank's values. For a `Partial` tensor, they are this rank's term of the sum.
     pub fn local(&self) -> &Tensor<T, B> {
         &self.local
     }
 
-    /// Returns this rank's values and drops the rest.
+    /// Returns this rank's values, and drops the group and the layout.
     pub fn into_local(self) -> Tensor<T, B> {
         self.local
     }
@@ -145,8 +147,8 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         &self.group
     }
 
-    /// Checks the input or gradient of a layer over `group`: its shape is `[tokens, features]`, and
-    /// its group has the same ranks and the same reduction.
+    /// Checks that this input or gradient of a layer over `group` has the shape
+    /// `[tokens, features]`, and a group with the same ranks and the same reduction.
     ///
     /// # Errors
     /// When the tensor has another number of dimensions, another group, or another reduction.
@@ -213,7 +215,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
     /// ```
     ///
     /// # Errors
-    /// When the sequences have another number of rows.
+    /// When the sequences have another number of rows than the tensor.
     pub fn with_sequences(mut self, sequences: Sequences) -> Result<Self> {
         let rows = self.layout.shape.rows();
         same_size("sequences", "rows of the sequences", sequences.rows(), "rows of the tensor", rows)?;
@@ -221,8 +223,8 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         Ok(self)
     }
 
-    /// Returns the tensor's position in a training run; `None` outside of training, where dropout
-    /// does nothing.
+    /// Returns the tensor's position in a training run; `None` outside of training. Dropout changes
+    /// nothing if there is no position.
     pub fn dropout_state(&self) -> Option<DropoutState> {
         self.layout.dropout
     }
@@ -245,8 +247,8 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         Self { local, group: group.clone(), layout, addends: Addends::Ranks, placement: PhantomData }
     }
 
-    /// Makes a tensor with the same rows and `features` features, of placement `Q` and partition
-    /// `partition`. The caller guarantees that `local` has them.
+    /// Makes a tensor of placement `Q` with the rows of `self` and `features` features, sharded by
+    /// `partition`. The caller guarantees that `local` has this rank's values of such a tensor.
     pub(super) fn with_features<Q: Placement>(
         &self,
         local: Tensor<T, B>,
@@ -257,7 +259,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         DTensor::new(local, &self.group, Layout { shape, partition, ..self.layout.clone() })
     }
 
-    /// Makes a tensor of the same whole shape, of placement `Q` and partition `partition`.
+    /// Makes a tensor of placement `Q` with the whole shape of `self`, sharded by `partition`.
     fn with_placement<Q: Placement>(
         self,
         local: Tensor<T, B>,
@@ -266,17 +268,17 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         DTensor::new(local, &self.group, Layout { partition, ..self.layout })
     }
 
-    /// Replaces this rank's values. Keeps the shape, the partitions, the sequences and the dropout
-    /// state.
+    /// Makes a tensor with the values `local` on this rank. Keeps the shape, the partitions, the
+    /// sequences and the dropout state.
     ///
     /// # Errors
     /// When `local` has another shape than the present values.
     pub fn with_local(&self, local: Tensor<T, B>) -> Result<Self> {
         same_shape(
             "with local",
-            "the new one",
+            "the new tensor",
             local.shape().dims(),
-            "the old one",
+            "the present tensor",
             self.local.shape().dims(),
         )?;
         Ok(Self::new(local, &self.group, self.layout.clone()))
@@ -286,12 +288,12 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         Self { addends, ..self }
     }
 
-    /// Replaces this rank's values by `f` of them. `f` must keep their shape.
+    /// Replaces this rank's values by the result of `f`, which must have the same shape.
     pub(super) fn map_local(self, f: impl FnOnce(Tensor<T, B>) -> Result<Tensor<T, B>>) -> Result<Self> {
         Ok(Self { local: f(self.local)?, ..self })
     }
 
-    /// Takes the rows in `ranges`, with the same placement. Every rank must hold all of them.
+    /// Takes the rows in `ranges`, with the same placement. Every rank must hold all rows.
     fn rows(&self, ranges: &[Range<usize>]) -> Result<Self>
     where
         B: Backend,
@@ -305,8 +307,8 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         Ok(Self { addends, ..Self::new(local, &self.group, layout) })
     }
 
-    /// The partition of the tokens on a `Shard<0>` residual stream: the one that the tensor had
-    /// there, or an even one.
+    /// Returns the partition of the tokens on a `Shard<0>` residual stream: the partition that the
+    /// tensor had on the stream, or an even partition if it was not there.
     fn token_partition(&self) -> Result<Partition> {
         match &self.layout.token_partition {
             Some(tokens) => Ok(tokens.clone()),

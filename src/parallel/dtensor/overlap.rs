@@ -1,14 +1,16 @@
 //! Collectives in chunks of tokens ([`Overlap`](crate::comm::Overlap)), overlapped with the
 //! products that consume or produce the chunks.
 //!
-//! * Entering a region ([`gather`]): starts the all-gathers of all chunks, multiplies the rank's
-//!   own rows, then the other ranks' rows of each chunk as they arrive.
-//! * Leaving it ([`start_sum`]): multiplies the rows of one chunk and starts their reduction, then
-//!   the next.
+//! * Entering a region ([`gather`]): a rank starts the all-gathers of all chunks and multiplies its
+//!   own rows. Then it waits for each chunk in turn, and multiplies the chunk's rows of other
+//!   ranks.
+//! * Leaving a region ([`start_sum`]): a rank multiplies the rows of one chunk, starts the
+//!   reduction of the product, and goes on with the next chunk.
 //!
-//! Chunks are ranges of tokens, over which neither product nor sum adds anything up, so the bits
-//! are those of one collective. If a rank's device or row counts do not allow that ([`splits`]), it
-//! multiplies all rows at once. The collectives still have the same chunks on every rank.
+//! Chunks are ranges of tokens. Neither the products nor the reductions add over tokens, so that
+//! the bits are those of one collective. This requires a device whose products split exactly
+//! ([`splits`]), and enough rows in each chunk ([`MIN_ROWS`]). Otherwise a rank multiplies all rows
+//! at once. The collectives have the same chunks on every rank in both cases.
 
 use super::{
     DTensor, ResidualStream,
@@ -26,21 +28,23 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The least number of rows of a product of one chunk. Devices may compute products of few rows by
-/// another algorithm, with other bits. Also, each product reads the whole weight.
+/// The minimal number of rows in the product of one chunk. A device may compute a product of fewer
+/// rows by another algorithm, with other bits. It would also be slow, because each product reads
+/// the whole weight.
 const MIN_ROWS: usize = 64;
 
-/// A map of the rows of a tensor, each by itself.
+/// A function that maps each row of a tensor independently of the other rows.
 type RowMap<'a, P, Q, T, B> = &'a dyn Fn(DTensor<P, T, B>) -> Result<DTensor<Q, T, B>>;
 
-/// The chunks in which a tensor enters a region; `None` if at once or without a collective.
+/// Returns the chunks in which a tensor enters a region; `None` for a single collective or none.
 pub(in crate::parallel) fn entering<S: ResidualStream, T: Element, B: Device>(
     x: &DTensor<S, T, B>,
 ) -> Option<Partition> {
     S::SHARD_DIM.and_then(|_| gathering::<T, B>(x.group(), x.shape()))
 }
 
-/// The chunks in which a map of `x` to `features` features leaves a region; `None` if at once.
+/// Returns the chunks in which the product of `x` with `features` output features leaves a region;
+/// `None` for a single collective.
 pub(in crate::parallel) fn leaving<T: Element, B: Device>(
     x: &DTensor<Shard<1>, T, B>,
     features: usize,
@@ -48,26 +52,26 @@ pub(in crate::parallel) fn leaving<T: Element, B: Device>(
     reducing::<T, B>(x.group(), x.shape().with(x.shape().rank() - 1, features))
 }
 
-/// The chunks of an all-gather to this shape; `None` if at once.
+/// Returns the chunks of an all-gather whose result has this shape; `None` for a single collective.
 fn gathering<T: Element, B: Device>(group: &Group<B>, shape: Shape) -> Option<Partition> {
     let (_, features) = shape.split_at(0);
     group.chunks(shape.dims()[0], features * T::DTYPE.size())
 }
 
-/// The chunks of a reduction of this shape; `None` if at once.
+/// Returns the chunks of a reduction of this shape; `None` for a reduction without chunks.
 fn reducing<T: Element, B: Device>(group: &Group<B>, shape: Shape) -> Result<Option<Partition>> {
-    // The exchanges of a sum along a tree cannot be started.
+    // A sum along a tree may take several collectives, which cannot run in the background.
     Ok(if is_one_collective::<T, B>(group)? { gathering::<T, B>(group, shape) } else { None })
 }
 
-/// Whether products of these depths have the same bits row by row. A product of depth 1 may have
-/// another sign of zero.
+/// Whether splitting products of these depths by rows leaves all bits unchanged. A product of depth
+/// 1 does not split exactly: a zero may get another sign.
 pub(in crate::parallel) fn splits<B: Backend>(device: &B, depths: impl IntoIterator<Item = usize>) -> bool {
     device.splits_exactly() && depths.into_iter().all(|depth| depth != 1)
 }
 
-/// Gathers `x` on every rank in chunks. Also returns `map` of it, unless the products cannot be
-/// made chunk by chunk.
+/// Gathers `x` on every rank in chunks. Also returns the result of `map`, or `None` if the products
+/// cannot be computed chunk by chunk.
 #[track_caller]
 pub(in crate::parallel) fn gather<S: ResidualStream, T: Element, B: Backend>(
     x: &DTensor<S, T, B>,
@@ -118,7 +122,7 @@ pub(in crate::parallel) fn gather<S: ResidualStream, T: Element, B: Backend>(
     Ok((x.with_features(whole, x.shape().cols(), None), y))
 }
 
-/// Starts the reduction of `map` of `x`, chunk by chunk.
+/// Applies `map` to `x`, and starts the reduction of the result chunk by chunk.
 #[track_caller]
 pub(in crate::parallel) fn start_sum<S: ResidualStream, T: Element, B: Backend>(
     x: &DTensor<Shard<1>, T, B>,
@@ -144,8 +148,8 @@ pub(in crate::parallel) fn start_sum<S: ResidualStream, T: Element, B: Backend>(
     Ok(pending)
 }
 
-/// Concatenates the chunks of this rank's rows. The result has the rows of `x` and `features`
-/// features.
+/// Waits for the chunks, and concatenates this rank's rows of them. The result has the rows of `x`
+/// and `features` features.
 pub(in crate::parallel) fn stacked<S: ResidualStream, T: Element, B: Backend>(
     x: &DTensor<Shard<1>, T, B>,
     features: usize,
@@ -164,8 +168,7 @@ pub(in crate::parallel) fn stacked<S: ResidualStream, T: Element, B: Backend>(
     Ok(x.with_features(local, features, partition))
 }
 
-/// Whether products of these row counts are worth making separately, and have the bits of one
-/// product.
+/// Whether each of these products has no rows, or enough rows to be computed separately.
 fn are_many(mut products: impl Iterator<Item = usize>) -> bool {
     products.all(|rows| rows == 0 || rows >= MIN_ROWS)
 }

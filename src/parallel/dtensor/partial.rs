@@ -45,23 +45,29 @@ impl<T: Element, B: Backend> DTensor<Copied, T, B> {
     /// sequences, dropout state and token partition of `self`. No communication.
     ///
     /// # Errors
-    /// When the term has another number of rows or dimensions.
+    /// When the term has another number of rows or dimensions than `self`.
     pub fn term(&self, term: Tensor<T, B>) -> Result<DTensor<Partial, T, B>> {
         let features = term.shape().cols();
         let want = self.shape().with(self.shape().rank() - 1, features);
-        same_shape("term", "the term", term.shape().dims(), "the tensor, so wide,", want.dims())?;
+        same_shape(
+            "term",
+            "the term",
+            term.shape().dims(),
+            "the tensor with the term's features",
+            want.dims(),
+        )?;
         Ok(self.with_features(term, features, None))
     }
 }
 
 impl<T: Element, B: Backend> DTensor<Partial, T, B> {
-    /// Makes the sum over the ranks of their local tensors. No communication.
+    /// Makes a tensor that is the sum of the ranks' local tensors. No communication.
     ///
-    /// Such a sum cannot be reduced with [`crate::shard::Reduction::Invariant`], because its terms
-    /// depend on the number of ranks. Sums that the crate's layers make can be.
+    /// [`crate::shard::Reduction::Invariant`] cannot reduce such a sum, because its terms depend on
+    /// the number of ranks. It can reduce the sums of the crate's layers.
     ///
     /// # Errors
-    /// When it has fewer than two dimensions.
+    /// When `local` has fewer than two dimensions.
     pub fn partial(group: &Group<B>, local: Tensor<T, B>) -> Result<Self> {
         let layout = Layout::whole(&local, "partial")?;
         Ok(Self::new(local, group, layout))
@@ -81,7 +87,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// Partial → Replicated. Collective: all-reduce.
     ///
     /// # Errors
-    /// When the ranks disagree, or one is lost.
+    /// When the ranks disagree, a rank is lost, or the reduction is invariant and
+    /// [`DTensor::partial`] made the sum.
     #[track_caller]
     pub fn all_reduce(self) -> Result<DTensor<Replicated, T, B>> {
         self.sum(None)
@@ -90,8 +97,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// Partial → Shard\<D\>. Collective: reduce-scatter.
     ///
     /// # Errors
-    /// When the partition is not one of dimension D or, for tokens under an invariant reduction,
-    /// is not that of the canonical blocks; when the ranks disagree, or one is lost.
+    /// As [`DTensor::all_reduce`]. Also when the partition does not divide dimension D over the
+    /// ranks or, for tokens under an invariant reduction, is not the partition by canonical blocks.
     #[track_caller]
     pub fn reduce_scatter<const D: usize>(self, partition: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
         let partition = canonical("reduce_scatter", &self.group, D, partition)?;
@@ -101,7 +108,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// Starts [`DTensor::all_reduce`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`DTensor::all_reduce`].
     #[track_caller]
     pub fn start_all_reduce(self) -> Result<PendingDTensor<Replicated, T, B>> {
         self.start(None)
@@ -110,7 +117,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// Starts [`DTensor::reduce_scatter`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`DTensor::reduce_scatter`].
     #[track_caller]
     pub fn start_reduce_scatter<const D: usize>(
         self,
@@ -143,7 +150,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         Ok(DTensor::new(sum, &self.group, Layout { partition, ..self.layout }))
     }
 
-    /// Starts [`DTensor::sum`]. A sum that takes several collectives is completed before returning.
+    /// Starts [`DTensor::sum`]. A sum that needs several collectives completes before this function
+    /// returns.
     #[track_caller]
     pub(super) fn start<P: Placement>(
         self,
@@ -168,7 +176,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         Ok(PendingDTensor(Progress::Started { pending, group: self.group, layout }))
     }
 
-    /// Takes the tree and this rank's node sums; `None` if the order of additions does not matter.
+    /// Takes the tree and this rank's sums of sub-trees; `None` if the ranks may add in any order.
     fn take_nodes(&mut self) -> Result<Option<(Tree, Vec<Tensor<T::Acc, B>>)>> {
         let Some(tree) = self.group.tree()? else { return Ok(None) };
         match std::mem::replace(&mut self.addends, Addends::Ranks) {
@@ -180,7 +188,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
                 Ok(Some((tree, vec![node])))
             }
             Addends::Ranks => {
-                let reason = "an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks: \
+                let reason = "an invariant reduction of a sum with one term per rank, not per canonical block: \
                      use the crate's linear layers, or `Reduction::Fast`";
                 Err(Error::Unsupported { op: "partial sum", reason: reason.into() })
             }
@@ -188,8 +196,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     }
 }
 
-/// Whether one collective adds in the required order: the order is free, or there are two ranks
-/// with one sub-tree each, in the accumulator's type.
+/// Whether a single collective adds in the required order. This holds if the order is free, or if
+/// there are two ranks with one sub-tree each and elements of the accumulator's type.
 pub(super) fn is_one_collective<T: Element, B: Device>(group: &Group<B>) -> Result<bool> {
     Ok(match group.tree()? {
         None => true,
@@ -213,7 +221,7 @@ impl<P: Placement, T: Element, B: Backend> PendingDTensor<P, T, B> {
     /// Waits for the tensor.
     ///
     /// # Errors
-    /// When the ranks disagreed, or one was lost.
+    /// When the ranks disagreed, or a rank was lost.
     pub fn wait(self) -> Result<DTensor<P, T, B>> {
         match self.0 {
             Progress::Started { pending, group, layout } => Ok(DTensor::new(pending.wait()?, &group, layout)),

@@ -7,8 +7,11 @@ use crate::{
     shard::{Partition, Shape},
 };
 
-/// Returns the partition itself, or for tokens under an invariant reduction, the same partition
-/// with its canonical blocks.
+/// Returns the partition with its canonical blocks if `dim` is 0 (tokens) and the reduction is
+/// invariant. Otherwise returns the partition unchanged.
+///
+/// # Errors
+/// When a shard does not have the size of the rank's canonical blocks.
 pub(super) fn canonical<B: Device>(
     op: &'static str,
     group: &Group<B>,
@@ -31,7 +34,7 @@ pub(super) fn canonical<B: Device>(
     Ok(canonical)
 }
 
-/// Checks that a partition is one of dimension `dim` of a tensor of this shape over `ranks` ranks.
+/// Checks that a partition divides dimension `dim` of a tensor of this shape over `ranks` ranks.
 pub(super) fn check(
     op: &'static str,
     shape: Shape,
@@ -40,14 +43,15 @@ pub(super) fn check(
     ranks: usize,
 ) -> Result<()> {
     if dim >= shape.rank() {
-        return Err(Error::invalid(op, format!("dimension {dim} of a tensor of shape {shape}")));
+        return Err(Error::invalid(op, format!("there is no dimension {dim} in a tensor of shape {shape}")));
     }
     same_size(op, "the number of shards", partition.shards(), "the number of ranks", ranks)?;
     let (have, want) = (partition.total(), shape.dims()[dim]);
     same_size(op, "the size of the partition", have, "that of the dimension", want)
 }
 
-/// Makes the error that two partitions, each given with what it partitions, are not the same.
+/// Makes the error that two partitions differ. Each comes with the name of the dimension that it
+/// divides.
 pub(in crate::parallel) fn partition_mismatch(
     op: &'static str,
     (what, partition): (&str, Option<&Partition>),

@@ -15,17 +15,17 @@ use crate::{
 };
 
 impl<T: Element, B: Backend> DTensor<Replicated, T, B> {
-    /// Makes a tensor from values that are equal on every rank. The caller guarantees that they
-    /// are; [`DTensor::broadcast`] makes them so. No communication.
+    /// Makes a tensor from values that are equal on every rank. The caller guarantees that they are
+    /// equal. If they may differ, use [`DTensor::broadcast`]. No communication.
     ///
     /// # Errors
-    /// When it has fewer than two dimensions.
+    /// When `local` has fewer than two dimensions.
     pub fn replicated(group: &Group<B>, local: Tensor<T, B>) -> Result<Self> {
         let layout = Layout::whole(&local, "replicated")?;
         Ok(Self::new(local, group, layout))
     }
 
-    /// Sends the root's tensor to every rank. Collective: broadcast.
+    /// Sends the root's values to every rank, and makes a tensor from them. Collective: broadcast.
     ///
     /// # Errors
     /// When shapes differ between ranks, or a rank is lost.
@@ -35,7 +35,8 @@ impl<T: Element, B: Backend> DTensor<Replicated, T, B> {
         Self::replicated(group, local)
     }
 
-    /// Replicated → Copied: each rank will use the tensor differently. No communication.
+    /// Replicated → Copied: declares that each rank will use the tensor differently. No
+    /// communication.
     pub fn copy_to(self) -> DTensor<Copied, T, B> {
         DTensor::new(self.local, &self.group, self.layout)
     }
@@ -43,7 +44,8 @@ impl<T: Element, B: Backend> DTensor<Replicated, T, B> {
     /// Replicated → Shard\<D\>: takes this rank's shard of dimension `D`. No communication.
     ///
     /// # Errors
-    /// When the partition is not one of that dimension over this group.
+    /// When the partition does not divide that dimension over the ranks of the group or, for tokens
+    /// under an invariant reduction, is not the partition by canonical blocks.
     pub fn scatter<const D: usize>(self, partition: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
         check("scatter", self.shape(), D, partition, self.group.size())?;
         let partition = &canonical("scatter", &self.group, D, partition)?;
@@ -56,11 +58,11 @@ impl<T: Element, B: Backend> DTensor<Replicated, T, B> {
 }
 
 impl<T: Element, B: Backend> DTensor<Copied, T, B> {
-    /// Makes a tensor from values that are equal on every rank, which each rank will use
+    /// Makes a tensor from values that are equal on every rank. Each rank will use the tensor
     /// differently. No communication.
     ///
     /// # Errors
-    /// When it has fewer than two dimensions.
+    /// When `local` has fewer than two dimensions.
     pub fn copied(group: &Group<B>, local: Tensor<T, B>) -> Result<Self> {
         Ok(DTensor::replicated(group, local)?.copy_to())
     }
@@ -84,12 +86,17 @@ impl<const D: usize, T: Element, B: Backend> DTensor<Shard<D>, T, B> {
     /// ```
     ///
     /// # Errors
-    /// When the size of the local tensor is not that of this rank's shard in the partition.
+    /// When the partition does not have one shard per rank, or `local` does not have the size of
+    /// this rank's shard. For tokens under an invariant reduction, also when the partition is not
+    /// the one by canonical blocks.
     pub fn shard(group: &Group<B>, local: Tensor<T, B>, partition: &Partition) -> Result<Self> {
         const OP: &str = "shard";
         let mut layout = Layout::whole(&local, OP)?;
         if D >= layout.shape.rank() {
-            return Err(Error::invalid(OP, format!("dimension {D} of a tensor of shape {}", layout.shape)));
+            return Err(Error::invalid(
+                OP,
+                format!("there is no dimension {D} in a tensor of shape {}", layout.shape),
+            ));
         }
         layout.shape = layout.shape.with(D, partition.total());
         check(OP, layout.shape, D, partition, group.size())?;
@@ -105,7 +112,7 @@ impl<const D: usize, T: Element, B: Backend> DTensor<Shard<D>, T, B> {
     /// Shard\<D\> → Replicated. Collective: all-gather.
     ///
     /// # Errors
-    /// When the ranks disagree, or one is lost.
+    /// When the ranks disagree, or a rank is lost.
     #[track_caller]
     pub fn all_gather(self) -> Result<DTensor<Replicated, T, B>> {
         let whole = self.group.all_gather(&self.local, D, self.shard_partition()?)?;

@@ -14,20 +14,20 @@ use std::ops::Range;
 /// The placement of activations between tensor-parallel regions: [`Replicated`], or [`Shard<0>`]
 /// with sequence parallelism.
 ///
-/// S → Copied ([`DTensor::enter`]) enters a region, Partial → S ([`DTensor::leave`]) leaves it.
-/// Each is the other's backward. Layers that take S as a type parameter therefore serve both
-/// placements without a flag.
+/// [`DTensor::enter`] (S → Copied) enters a tensor-parallel region, and [`DTensor::leave`] (Partial
+/// → S) leaves it. Each of the two mappings is the backward of the other. A layer with S as a type
+/// parameter therefore works with both placements, without a flag.
 #[diagnostic::on_unimplemented(
     message = "a residual stream cannot be held as `{Self}`",
     note = "it is `Replicated`, or `Shard<0>` for sequence parallelism",
     note = "`GatherFrom::<1>` or a `RowParallelLinear` leads there from `Shard<1>`; `ReduceFrom` or `ReduceScatterSequence` from `Partial`"
 )]
 pub trait ResidualStream: Elementwise + Placement<Dual = Self> {
-    /// Makes the tensor of `tokens` rows from this rank's rows: all of them, or its shard of an
-    /// even partition.
+    /// Makes a tensor of `tokens` rows from this rank's rows: all rows for `Replicated`, or the
+    /// rank's shard of [`Group::even_partition`] for `Shard<0>`.
     ///
     /// # Errors
-    /// When `local` has another number of rows.
+    /// When `local` does not have this number of rows.
     fn of_local<T: Element, B: Backend>(
         group: &Group<B>,
         tokens: usize,
@@ -37,7 +37,7 @@ pub trait ResidualStream: Elementwise + Placement<Dual = Self> {
     /// Returns this rank's rows of a tensor of `tokens` rows.
     ///
     /// # Errors
-    /// When there are fewer canonical blocks than ranks.
+    /// When an invariant reduction has fewer canonical blocks than ranks.
     fn local_rows<B: Device>(group: &Group<B>, tokens: usize) -> Result<Range<usize>> {
         Ok(match Self::SHARD_DIM {
             None => 0..tokens,
@@ -72,7 +72,7 @@ impl<S: ResidualStream, T: Element, B: Backend> DTensor<S, T, B> {
     /// all-gather of the tokens for `Shard<0>`.
     ///
     /// # Errors
-    /// When the ranks disagree, or one is lost.
+    /// When the ranks disagree, or a rank is lost.
     #[track_caller]
     pub fn enter(mut self) -> Result<DTensor<Copied, T, B>> {
         if let Some(dim) = S::SHARD_DIM {
@@ -87,7 +87,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// reduce-scatter over tokens for `Shard<0>`.
     ///
     /// # Errors
-    /// When the ranks disagree, or one is lost.
+    /// As [`DTensor::all_reduce`].
     #[track_caller]
     pub fn leave<S: ResidualStream>(self) -> Result<DTensor<S, T, B>> {
         let scatter = self.token_scatter::<S>()?;
@@ -97,14 +97,15 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// Starts [`DTensor::leave`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`DTensor::leave`].
     #[track_caller]
     pub fn start_leave<S: ResidualStream>(self) -> Result<PendingDTensor<S, T, B>> {
         let scatter = self.token_scatter::<S>()?;
         self.start(scatter)
     }
 
-    /// The dimension that the residual stream S shards, and its partition.
+    /// Returns the dimension that the residual stream S shards, with its partition; `None` if S is
+    /// `Replicated`.
     fn token_scatter<S: ResidualStream>(&self) -> Result<Option<(usize, Partition)>> {
         let scatter =
             |dim| Ok((dim, canonical("reduce_scatter", &self.group, dim, &self.token_partition()?)?));

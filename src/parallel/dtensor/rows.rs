@@ -8,12 +8,12 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The number of rows in some ranges.
+/// Returns the number of rows in all ranges.
 pub(super) fn count(ranges: &[Range<usize>]) -> usize {
     ranges.iter().map(|range| range.len()).sum()
 }
 
-/// Takes ranges of a tensor's dimension 0, one after another.
+/// Copies ranges of a tensor's dimension 0 to a new tensor, one after another.
 pub(super) fn take<T: Element, B: Backend>(
     from: &Tensor<T, B>,
     ranges: &[Range<usize>],
@@ -31,7 +31,7 @@ pub(super) fn take<T: Element, B: Backend>(
     Ok(taken)
 }
 
-/// Writes consecutive rows to ranges of a tensor's dimension 0. The inverse of [`take`].
+/// Copies the consecutive rows of `from` to ranges of dimension 0 of `to`. The inverse of [`take`].
 pub(super) fn place<T: Element, B: Backend>(
     from: &Tensor<T, B>,
     to: &mut Tensor<T, B>,

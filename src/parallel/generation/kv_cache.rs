@@ -9,17 +9,18 @@ use crate::{
     tensor::Tensor,
 };
 
-/// The keys and values of every attention layer for a batch of sequences. Each sequence has a slot,
-/// and any length up to the capacity.
+/// Stores the keys and values of every attention layer for a batch of sequences. Each sequence
+/// occupies one slot, and has any length up to the capacity.
 ///
-/// Each rank holds its own key/value heads: `[slots · kv_heads · capacity, head_dim]` per layer,
-/// allocated by the first step. A step ([`KvCache::step`]) declares the number of new tokens of
-/// some slots. The layers append their keys and values and attend to all tokens of the slot
-/// ([`Layer::infer`](crate::parallel::Layer::infer)). [`Context::finish`] commits the tokens. A
-/// step that fails midway changes nothing.
+/// Each rank stores only its own key/value heads. The first step allocates keys and values of
+/// `[slots · kv_heads · capacity, head_dim]` each per layer. A caller begins a step by
+/// [`KvCache::step`], with the number of new tokens of some slots. In
+/// [`Layer::infer`](crate::parallel::Layer::infer), each attention layer appends the keys and
+/// values of the new tokens, which then attend to the tokens of their slot. [`Context::finish`]
+/// commits the new tokens. If a step fails before that, the committed tokens are unchanged.
 ///
-/// Texts with a common prefix share work: [`KvCache::truncate`] keeps the prefix of a slot,
-/// [`KvCache::copy_prefix`] copies that of another slot.
+/// Texts with a common prefix can reuse its keys and values: [`KvCache::truncate`] keeps only the
+/// prefix of a slot, and [`KvCache::copy_prefix`] copies a prefix to another slot.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -40,13 +41,14 @@ pub struct KvCache<T: Element, B: Device> {
 }
 
 /// The state that [`Layer::infer`](crate::parallel::Layer::infer) passes from layer to layer: the
-/// step of a cache, if there is one.
+/// current step of a cache, if the caller uses a cache.
 ///
-/// * [`Context::default`]: no cache. Tokens attend to those of their sequence in the same input.
-/// * [`KvCache::step`]: tokens also attend to those of their sequence in the cache.
+/// * [`Context::default`]: without a cache. A token attends to the tokens of its sequence in the
+///   same input.
+/// * [`KvCache::step`]: with a cache. A token also attends to the cached tokens of its sequence.
 ///
-/// Attention layers find their keys in the cache by their order in the step. A context is therefore
-/// valid for one pass through the layers. After an error, begin another step.
+/// The n-th attention layer that gets the context uses the n-th layer of the cache. A context is
+/// therefore valid for one pass through the layers. After an error, begin a new step.
 #[derive(Debug)]
 pub struct Context<'a, T: Element, B: Device>(Option<Step<'a, T, B>>);
 
@@ -55,7 +57,7 @@ struct Step<'a, T: Element, B: Device> {
     cache: &'a mut KvCache<T, B>,
     slots: Vec<usize>,
     sequences: Sequences,
-    /// The number of attention layers that this step has passed.
+    /// The number of attention layers that have computed this step.
     layer: usize,
 }
 
@@ -66,12 +68,13 @@ impl<T: Element, B: Device> Default for Context<'_, T, B> {
 }
 
 impl<T: Element, B: Backend> Context<'_, T, B> {
-    /// Computes the output of the next attention layer from the `[q | k | v]` of the step's tokens:
-    /// appends the keys and values, and attends to all tokens of the slots. Returns `None` without
-    /// a cache.
+    /// Computes the output of the next attention layer from the `[q | k | v]` of the step's tokens.
+    /// First appends their keys and values to the cache, then attends to all tokens of the slots.
+    /// Returns `None` if the context has no cache.
     ///
     /// # Errors
-    /// When these are not the step's sequences, or sizes disagree.
+    /// When `sequences` are not those of the step, sizes disagree, or a slot has tokens but the
+    /// cache has no keys of this layer.
     pub(in crate::parallel) fn attend(
         &mut self,
         heads: &QkvHeads,
@@ -86,15 +89,15 @@ impl<T: Element, B: Backend> Context<'_, T, B> {
         let Step { cache, slots, .. } = step;
         let fits = |keys: &CachedKeys<T, B>| keys.is_for(heads);
         if cache.is_empty() && !cache.layers.get(step.layer).is_some_and(fits) {
-            // The cache has no tokens, so these keys may be replaced by those of another model.
+            // The cache has no tokens, so that a model with other heads may replace its buffers.
             cache.layers.truncate(step.layer);
         }
         if step.layer == cache.layers.len() {
             if let Some(slot) = cache.lengths.iter().position(|&length| length > 0) {
                 let (have, layer) = (cache.lengths[slot], step.layer);
                 let reason = format!(
-                    "slot {slot} has {have} tokens, but no keys of attention layer {layer}: they went through fewer layers, \
-                     or the context was used twice"
+                    "slot {slot} has {have} tokens, but the cache has no keys of attention layer {layer}: the tokens passed \
+                     fewer layers, or the context was used twice"
                 );
                 return Err(Error::invalid("kv cache", reason));
             }
@@ -108,11 +111,12 @@ impl<T: Element, B: Backend> Context<'_, T, B> {
         Ok(Some(out))
     }
 
-    /// Commits the tokens of a step, whose keys and values every layer has appended. Does nothing
-    /// without a cache.
+    /// Commits the tokens of the step. Every attention layer must have appended their keys and
+    /// values. Does nothing without a cache.
     ///
     /// # Errors
-    /// When no attention layer was given the context, or not all that have keys in the cache.
+    /// When no attention layer got the context, or fewer attention layers got it than the cache has
+    /// layers.
     pub fn finish(self) -> Result<()> {
         let Some(Step { cache, slots, sequences, layer }) = self.0 else { return Ok(()) };
         if layer == 0 {
@@ -120,7 +124,7 @@ impl<T: Element, B: Backend> Context<'_, T, B> {
             return Err(Error::invalid("kv cache", reason));
         }
         if cache.is_empty() {
-            // Drops layers of another model, or of a step that failed.
+            // Drops layers that another model or a failed step has added.
             cache.layers.truncate(layer);
         }
         let (what, have, want) = ("the number of attention layers of the step", layer, cache.layers.len());
@@ -133,8 +137,9 @@ impl<T: Element, B: Backend> Context<'_, T, B> {
 }
 
 impl<T: Element, B: Backend> KvCache<T, B> {
-    /// Makes a cache of `slots` slots of `capacity` positions, to be filled by one model. Another
-    /// model of the same sizes is not detected. When all slots are empty, any model may begin.
+    /// Makes a cache of `slots` slots of `capacity` positions. Only one model may fill it: the
+    /// cache does not detect another model of the same sizes. While all slots are empty, any model
+    /// may begin.
     ///
     /// # Errors
     /// When there is no memory for the lengths of the slots.
@@ -142,7 +147,7 @@ impl<T: Element, B: Backend> KvCache<T, B> {
         Ok(Self { layers: Vec::new(), lengths: zeroed(slots)?, capacity })
     }
 
-    /// Returns the number of positions of a slot.
+    /// Returns the number of positions in each slot.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
@@ -165,11 +170,11 @@ impl<T: Element, B: Backend> KvCache<T, B> {
         self.lengths.iter().all(|&length| length == 0)
     }
 
-    /// Begins a step that appends `counts[i]` new tokens to slot `slots[i]`, the same on every
-    /// rank. Returns the sequences, for the tensor of the tokens
-    /// ([`DTensor::with_sequences`](crate::parallel::DTensor::with_sequences)), and the context,
-    /// for the layers. [`Context::finish`] commits the tokens. Without it the next step begins
-    /// where this one did.
+    /// Begins a step that appends `counts[i]` new tokens to slot `slots[i]`. Every rank passes the
+    /// same slots and counts. Returns the sequences of the tokens, for
+    /// [`DTensor::with_sequences`](crate::parallel::DTensor::with_sequences), and the context, for
+    /// [`Layer::infer`](crate::parallel::Layer::infer). [`Context::finish`] commits the tokens.
+    /// Without that call, the next step begins at the same positions as this step.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -194,14 +199,15 @@ impl<T: Element, B: Backend> KvCache<T, B> {
     /// ```
     ///
     /// # Errors
-    /// When there is no such slot, one is named twice, or the tokens do not fit.
+    /// When a slot does not exist or is listed twice, there is not one count per slot, or the
+    /// tokens exceed the capacity.
     pub fn step(&mut self, slots: &[usize], counts: &[usize]) -> Result<(Sequences, Context<'_, T, B>)> {
         const OP: &str = "kv cache";
         same_size(OP, "the number of slots", slots.len(), "that of counts", counts.len())?;
         for (at, (&slot, &count)) in slots.iter().zip(counts).enumerate() {
             self.check(slot)?;
             if slots[..at].contains(&slot) {
-                return Err(Error::invalid(OP, format!("slot {slot} is in a step twice")));
+                return Err(Error::invalid(OP, format!("a step lists slot {slot} twice")));
             }
             let end = self.lengths[slot].saturating_add(count);
             if end > self.capacity {
@@ -218,7 +224,7 @@ impl<T: Element, B: Backend> KvCache<T, B> {
     /// Removes the tokens of a slot from position `len` on.
     ///
     /// # Errors
-    /// When there is no such slot, or it has fewer tokens.
+    /// When the slot does not exist, or has fewer than `len` tokens.
     pub fn truncate(&mut self, slot: usize, len: usize) -> Result<()> {
         self.check(slot)?;
         self.has(slot, len)?;
@@ -229,7 +235,7 @@ impl<T: Element, B: Backend> KvCache<T, B> {
     /// Replaces the tokens of slot `to` by the first `len` tokens of slot `from`.
     ///
     /// # Errors
-    /// When there is no such slot, or `from` has fewer tokens.
+    /// When a slot does not exist, or `from` has fewer than `len` tokens.
     pub fn copy_prefix(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
         self.check(from)?;
         self.check(to)?;
@@ -245,7 +251,10 @@ impl<T: Element, B: Backend> KvCache<T, B> {
         if slot < self.slots() {
             return Ok(());
         }
-        Err(Error::invalid("kv cache", format!("slot {slot} of a cache of {} slots", self.slots())))
+        Err(Error::invalid(
+            "kv cache",
+            format!("there is no slot {slot} in a cache of {} slots", self.slots()),
+        ))
     }
 
     fn has(&self, slot: usize, len: usize) -> Result<()> {

@@ -14,19 +14,25 @@ use crate::{
 /// The number of candidates that a rank sends at first, for `top_p`.
 const CANDIDATES: usize = 32;
 
-/// argmaxₖ (xₖ / t + gₖ) for each row x of logits, with temperature t and Gumbel noise gₖ: samples
-/// a token, the same on every rank. It is also the same at every number of ranks if the logits have
-/// the same bits.
+/// argmaxₖ (xₖ / t + gₖ) for each row x of logits, with temperature t and Gumbel noise gₖ: the
+/// sampled token, equal on every rank. Logits with the same bits give the same token at every
+/// number of ranks. Only `top_p` without `top_k` is an exception: it adds probabilities in an
+/// all-reduce, whose rounding depends on the number of ranks.
 ///
-/// Token k has probability ∝ e^(xₖ / t) among the candidates (Gumbel, 1954). Candidates are the
-/// `top_k` largest logits, and of those the fewest largest whose probabilities sum to `top_p`
-/// (Holtzman et al., 2020). Temperature 0 takes the largest logit. The noise is a function of the
-/// seed, the row's counter and the *global* index k, so ranks neither share a generator nor gather
-/// the logits. Of equal logits the first counts as larger.
+/// The sampler draws candidate k with probability ∝ e^(xₖ / t) (Gumbel, 1954). The candidates are
+/// the tokens with the `top_k` largest logits. `top_p` keeps only the smallest number of the most
+/// probable candidates whose probabilities sum to at least `top_p` (Holtzman et al., 2020). With
+/// temperature 0, the sampler takes the token with the largest logit. The noise is a function of
+/// the seed, the row's counter and the *global* index k, so that ranks neither share a generator
+/// nor gather the logits. Of two equal logits, the one with the smaller index counts as larger.
 ///
-/// Collectives: one all-gather of two numbers per row and rank; with `top_k`, of at most k
-/// candidates per row and rank; with `top_p`, also two all-reduces of one number per row, and more
-/// candidates if the first ones do not reach the share.
+/// Collectives:
+/// * Temperature 0, or neither `top_k` nor `top_p`: one all-gather of one candidate per row and
+///   rank.
+/// * `top_k`: one all-gather of at most k candidates per row and rank.
+/// * `top_p` without `top_k`: two all-reduces of one number per row, then an all-gather of at most
+///   32 candidates per row and rank. If these do not reach the share, the all-gather is repeated
+///   with eight times as many candidates.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -45,11 +51,11 @@ const CANDIDATES: usize = 32;
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampler {
-    /// The temperature. 0 takes the largest logit.
+    /// The temperature. With 0, the sampler takes the largest logit.
     pub temperature: f64,
     /// The largest number of candidates; `None` for all.
     pub top_k: Option<usize>,
-    /// The smallest share of the probability that the candidates must have; `None` for all.
+    /// The share of the probability that the candidates must reach; `None` for all candidates.
     pub top_p: Option<f64>,
     /// The seed of the noise.
     pub seed: u64,
@@ -58,26 +64,27 @@ pub struct Sampler {
 /// A logit and its token.
 type Candidate = (f64, u32);
 
-/// The absence of a candidate.
+/// Stands for a missing candidate, where a rank has fewer candidates than it must send.
 const NONE: Candidate = (f64::NEG_INFINITY, u32::MAX);
 
-/// Orders larger logits first, and of equal ones the smaller token.
+/// Orders larger logits first. Of two equal logits, orders the smaller token first.
 fn order(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
     b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
 }
 
 impl Sampler {
-    /// Takes the largest logit.
+    /// Makes the sampler that takes the largest logit.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, top_k: None, top_p: None, seed: 0 }
     }
 
     /// Samples a token for each row of `logits`, `[rows, vocabulary]`. `draws[row]` is the counter
-    /// of the row's noise: usually the position of the token in its text.
+    /// of the row's noise, usually the position of the token in its text.
     ///
     /// # Errors
-    /// On every rank, when the sampler's fields are invalid, a logit is NaN or all are −∞, or a
-    /// collective fails.
+    /// On every rank, when a field of the sampler is out of range, a row has a logit of NaN or +∞
+    /// or only logits of −∞, or a collective fails. Also for `top_p` without `top_k` under an
+    /// invariant reduction.
     #[track_caller]
     pub fn sample<T: Element, B: Backend>(
         &self,
@@ -95,10 +102,11 @@ impl Sampler {
             && self.top_k != Some(0)
             && self.top_p.is_none_or(|share| share > 0.0 && share <= 1.0);
         if !sound {
-            return Err(Error::invalid(OP, format!("{self:?} describes no distribution")));
+            return Err(Error::invalid(OP, format!("a field of {self:?} is out of range")));
         }
         let (local, first) = (logits.local().to_vec()?, logits.local_range(1).start);
-        // −0 becomes 0. NaN is ordered before all others, so that every rank receives it.
+        // Adding 0 turns −0 into +0. NaN becomes +∞, which is ordered first, so that every rank
+        // receives it and returns an error.
         let of = |row: usize, col: usize| {
             let x = local[row * cols + col].to_f64() + 0.0;
             (if x.is_nan() { f64::INFINITY } else { x }, (first + col) as u32)
@@ -136,13 +144,13 @@ impl Sampler {
             }
         };
         if let Some(row) = chosen.iter().position(|(x, _)| !x.is_finite()) {
-            return Err(Error::invalid(OP, format!("the logits of row {row} are NaN, or none is finite")));
+            return Err(Error::invalid(OP, format!("the logits of row {row} are NaN or +∞, or all are −∞")));
         }
         Ok(chosen.into_iter().map(|(_, token)| token).collect())
     }
 
-    /// For each row, the fewest of the `most` largest candidates that have a share of the
-    /// probability of these.
+    /// For each row, returns the smallest number of the most probable candidates that reach `share`
+    /// of the probability of the `most` largest candidates, or of all tokens if `most` is `None`.
     fn nuclei<B: Backend>(
         &self,
         group: &Group<B>,
@@ -154,7 +162,7 @@ impl Sampler {
         let (vocabulary, cols) = (partition.total(), partition.size(group.rank()));
         let weight = |x: f64, max: f64| ((x - max) / self.temperature).exp();
         if let Some(most) = most {
-            // One exchange gives all candidates.
+            // One all-gather gives all candidates.
             let all = candidates(group, rows, partition, most, of)?;
             return Ok(all
                 .into_iter()
@@ -169,7 +177,7 @@ impl Sampler {
                 .collect());
         }
         if group.reduction() != Reduction::Fast {
-            let reason = "a share of the whole vocabulary's probability under an invariant reduction: give `top_k`, too";
+            let reason = "`top_p` without `top_k` under an invariant reduction: set `top_k` too";
             return Err(Error::Unsupported { op: "sample", reason: reason.into() });
         }
         let reduce = |op, values: Vec<f64>| {
@@ -182,26 +190,29 @@ impl Sampler {
         if let Some(row) = max.iter().position(|max| !max.is_finite()) {
             return Err(Error::invalid(
                 "sample",
-                format!("the logits of row {row} are NaN, or none is finite"),
+                format!("the logits of row {row} are NaN or +∞, or all are −∞"),
             ));
         }
         let total = |row: usize| (0..cols).map(|col| weight(of(row, col).0, max[row])).sum();
         let total = reduce(ReduceOp::Sum, (0..rows).map(total).collect())?;
         let mut count = CANDIDATES;
         loop {
-            // A logit that a rank does not send is no larger than the least that it sends.
+            // Each rank sends its `count` largest logits, so that a logit which it does not send is
+            // at most the smallest logit which it sends.
             let all = candidates(group, rows, partition, count, of)?;
             let complete = count >= vocabulary;
             let mut enough = true;
             let mut nuclei = Vec::with_capacity(rows);
             for (row, mut candidates) in all.into_iter().enumerate() {
                 if !complete {
-                    // The largest `count` of all that was sent are the largest of all logits.
+                    // The `count` largest candidates of all ranks are the `count` largest logits of
+                    // the row.
                     candidates.truncate(count);
                 }
                 match prefix(&candidates, share * total[row], |x| weight(x, max[row])) {
                     Some(count) => candidates.truncate(count),
-                    // By rounding, the weights of all candidates may sum to less than the share.
+                    // Because of rounding, the weights of all candidates may sum to less than the
+                    // share.
                     None => enough &= complete,
                 }
                 nuclei.push(candidates);
@@ -213,11 +224,12 @@ impl Sampler {
         }
     }
 
-    /// Computes xₖ − log Σ e^x of a given token k in each row x of `logits`: its log-probability
-    /// over the whole vocabulary at temperature 1. The same on every rank.
+    /// Computes xₖ − log Σ e^x for a given token k of each row x of `logits`. This is the token's
+    /// log-probability over the whole vocabulary at temperature 1, and is equal on every rank.
     ///
     /// # Errors
-    /// When there is not one token per row, one is beyond the vocabulary, or a collective fails.
+    /// When there is not one token per row, a token is beyond the vocabulary, or a collective
+    /// fails.
     #[track_caller]
     pub fn log_probabilities<T: Element, B: Backend>(
         logits: &DTensor<Shard<1>, T, B>,
@@ -228,8 +240,8 @@ impl Sampler {
     }
 }
 
-/// The smallest number of first candidates whose weights sum to at least `bound`; `None` if all
-/// together do not.
+/// Returns the smallest n for which the weights of the first n candidates sum to at least `bound`;
+/// `None` if the weights of all candidates sum to less.
 fn prefix(candidates: &[Candidate], bound: f64, weight: impl Fn(f64) -> f64) -> Option<usize> {
     let mut sum = 0.0;
     let reaches = |candidate: &Candidate| {
@@ -239,7 +251,8 @@ fn prefix(candidates: &[Candidate], bound: f64, weight: impl Fn(f64) -> f64) -> 
     candidates.iter().position(reaches).map(|last| last + 1)
 }
 
-/// For each row, the candidates of all ranks, at most `most` of each, the largest first.
+/// For each row, gathers at most `most` candidates from each rank, and orders them by decreasing
+/// logit.
 fn candidates<B: Backend>(
     group: &Group<B>,
     rows: usize,
@@ -247,7 +260,7 @@ fn candidates<B: Backend>(
     most: usize,
     of: &dyn Fn(usize, usize) -> Candidate,
 ) -> Result<Vec<Vec<Candidate>>> {
-    // The same number on every rank, although shards may have different sizes.
+    // Every rank sends the same number of candidates, although shards may have different sizes.
     let most = most.min(partition.sizes().max().unwrap_or(0));
     let cols = partition.size(group.rank());
     let mut own = Vec::with_capacity(rows * most);
@@ -268,7 +281,7 @@ fn candidates<B: Backend>(
     Ok(all)
 }
 
-/// Gathers every rank's `[rows, each]` candidates, by row.
+/// Gathers `each` candidates per row from every rank, and groups them by row.
 fn gather<B: Device + Backend>(
     group: &Group<B>,
     own: &[Candidate],

@@ -35,7 +35,7 @@ pub struct Activate<P> {
 }
 
 impl<P> Activate<P> {
-    /// Applies this function.
+    /// Makes the layer that applies `f`.
     pub fn new(f: kernels::Activation) -> Self {
         Self { f, placement: PhantomData }
     }
@@ -83,7 +83,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Gates with this function. SiLU makes it SwiGLU.
+    /// Makes the gate with activation `f`. With SiLU, this is SwiGLU.
     pub fn new(f: kernels::Activation) -> Self {
         Self { f }
     }

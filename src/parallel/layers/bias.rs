@@ -12,9 +12,9 @@ use std::marker::PhantomData;
 
 /// y = x + b: S → S.
 ///
-/// b: `[features]`, equal on every rank. Backward: db = Σ over tokens of dy. Collectives: none
-/// forward. The backward with `Shard<0>` makes an all-reduce of db, because each rank has only its
-/// own tokens.
+/// b: `[features]`, equal on every rank. Backward: db = Σ over tokens of dy. Collectives: the
+/// forward makes none. With `Shard<0>`, the backward makes an all-reduce of db, because each rank
+/// has only its own tokens.
 #[derive(Debug)]
 pub struct AddBias<S: ResidualStream, T: Element, B: Device> {
     bias: Param<T, B>,
@@ -26,7 +26,7 @@ impl<S: ResidualStream, T: Element, B: Backend> AddBias<S, T, B> {
     /// Reads `bias`.
     ///
     /// # Errors
-    /// When it is missing or has another shape.
+    /// When the tensor is missing or has another shape.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, features: usize) -> Result<Self> {
         let (region, owned) = (Region::whole([features]), group.rank() == 0);
         let bias = Param::load_region(group.device(), weights, "bias", Role::Bias, region, owned)?;

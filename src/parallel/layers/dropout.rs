@@ -11,16 +11,18 @@ use crate::{
 };
 use std::marker::PhantomData;
 
-/// y = x / (1 − p) where the mask keeps an element, 0 where it drops it: P → P. No collectives.
+/// y = x / (1 − p) for elements that the mask keeps, y = 0 for elements that it drops: P → P. No
+/// collectives.
 ///
 /// The mask is a function of the layer's seed and name, of the tensor's
 /// [`DropoutState`](crate::parallel::DropoutState), and of the element's index in the whole tensor.
-/// So every placement and every number of ranks drops the same elements. (Frameworks that seed one
-/// generator per rank need different seeds inside and outside of tensor-parallel regions, and get
-/// another mask at every tensor-parallel size.) All dimensions of a tensor but the last count as
-/// rows. A tensor without a dropout state is not in training and passes unchanged.
+/// The layer therefore drops the same elements at every placement and every number of ranks. (A
+/// framework that seeds one generator per rank needs different seeds inside and outside of
+/// tensor-parallel regions. Its masks depend on the tensor-parallel size.) All dimensions of a
+/// tensor but the last count as rows. A tensor without a dropout state is not in training. The
+/// layer returns it unchanged.
 ///
-/// Backward: dx = dy under the same mask, which is drawn again.
+/// Backward: dx = dy / (1 − p) or 0, by the same mask. The backward draws the mask again.
 ///
 /// Source: Srivastava et al., 2014.
 ///
@@ -44,17 +46,18 @@ pub struct Dropout<P> {
     placement: PhantomData<P>,
 }
 
-/// Numbers of rows, and their masks.
+/// For each range of consecutive rows, the number of rows and their mask.
 type Masks = Vec<(usize, DropoutMask)>;
 
 impl<P: Elementwise> Dropout<P> {
-    /// Drops elements with this probability. Each layer of a model needs its own name.
+    /// Drops elements with this probability. Each dropout layer of a model needs a different name,
+    /// because layers with the same seed and name draw the same masks.
     pub fn new(probability: f64, seed: u64, name: &str) -> Self {
         Self { probability, stream: Philox::named(seed, name), placement: PhantomData }
     }
 
-    /// The masks of this rank's rows, one for each range of rows that is contiguous in the whole
-    /// tensor; `None` where nothing is dropped.
+    /// Returns the masks of this rank's rows: one mask for each range of rows that is contiguous in
+    /// the whole tensor. Returns `None` if the layer drops nothing.
     fn masks<Q: Placement, T: Element, B: Backend>(&self, x: &DTensor<Q, T, B>) -> Option<Masks> {
         let dropout = x.dropout_state().filter(|_| self.probability != 0.0)?;
         let (shape, last) = (x.shape(), x.shape().rank() - 1);
@@ -68,7 +71,7 @@ impl<P: Elementwise> Dropout<P> {
         let Some(dim) = Q::SHARD_DIM.filter(|&dim| dim < last) else {
             return Some(vec![(shape.rows(), mask(0))]);
         };
-        // A range for each index of the dimensions before the sharded one.
+        // One range for each index of the dimensions before the sharded dimension.
         let (outer, inner) = Shape::new(&shape.dims()[..last]).split_at(dim);
         let (own, all) = (x.local_range(dim), shape.dims()[dim]);
         Some((0..outer).map(|at| (own.len() * inner, mask((at * all + own.start) * inner))).collect())

@@ -1,4 +1,4 @@
-//! The trait of layers, and chains of two.
+//! The trait of layers, and chains of two layers.
 
 use crate::{
     device::Element,
@@ -11,15 +11,17 @@ use crate::{
 
 /// A differentiable map from a tensor of placement `In` to one of placement `Out`.
 ///
-/// The backward maps the gradient of the output, whose placement is `Out`'s dual, to that of the
-/// input, whose placement is `In`'s dual. It also adds to the gradients of the layer's parameters.
-/// The forward returns what the backward needs, so several microbatches can be in flight.
+/// The backward maps the gradient of the output, of placement `Out::Dual`, to the gradient of the
+/// input, of placement `In::Dual`. The backward also adds to the gradients of the layer's
+/// parameters. The forward returns the saved values for the backward instead of storing them in the
+/// layer, so that several microbatches can be in flight.
 ///
-/// Tensors are passed by value: a layer may write its output into the memory of its input. A caller
-/// that needs its tensor afterwards clones it. The clone shares the memory, and writing copies it.
+/// The caller passes tensors by value, so that a layer can write its output into the memory of its
+/// input. A caller that needs the input afterwards clones it first. The clone shares the memory,
+/// and a layer copies shared memory before it writes.
 ///
-/// A layer does not declare its collectives. To list them, run it on
-/// [`Group::planned`](crate::comm::Group::planned), which records the calls of any rank without
+/// A layer does not declare its collectives. To list them, run the layer on
+/// [`Group::planned`](crate::comm::Group::planned), which records the calls of one rank without
 /// data.
 ///
 /// Errors of collectives name the layer ([`Site`](crate::Site)).
@@ -34,17 +36,17 @@ pub trait Layer<T: Element, B: Backend> {
     type In: Placement;
     /// The placement of the output.
     type Out: Placement;
-    /// What the backward needs from the forward.
+    /// The values that the forward saves for the backward.
     type Saved;
 
-    /// Computes the output, and what the backward needs.
+    /// Computes the output, and the saved values for the backward.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
     fn forward(&self, x: DTensor<Self::In, T, B>) -> Result<(DTensor<Self::Out, T, B>, Self::Saved)>;
 
-    /// Computes the gradient of the input from that of the output. Adds to the parameters'
-    /// gradients.
+    /// Computes the gradient of the input from `dy`, the gradient of the output. Adds to the
+    /// parameters' gradients.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
@@ -57,9 +59,10 @@ pub trait Layer<T: Element, B: Backend> {
     /// Computes the output without saving anything for a backward. If the context has a cache,
     /// tokens also attend to the tokens in the cache: see [`Context`].
     ///
-    /// The default calls `forward`. A layer that contains other layers must override it and call
-    /// their `infer`. Otherwise an attention layer inside rejects a cached step. It recognizes such
-    /// a step by the sequences of its input, so a layer that makes a new tensor must copy them
+    /// The default calls `forward`. A layer that contains other layers must override `infer` and
+    /// call their `infer` with the same context. Otherwise an attention layer inside rejects a
+    /// cached step. Attention recognizes a cached step by the sequences of its input. A layer that
+    /// makes a new tensor must therefore copy the sequences of its own input
     /// ([`DTensor::with_sequences`]).
     ///
     /// # Errors
@@ -74,13 +77,14 @@ pub trait Layer<T: Element, B: Backend> {
         Ok(self.forward(x)?.0)
     }
 
-    /// Returns the parameters, in the same order on every rank. Layers that share a parameter each
-    /// list it. Optimizers and norms need a list that has it once.
+    /// Returns the parameters, in the same order on every rank. If two layers share a parameter,
+    /// both list it. Optimizers and gradient norms reject a list that contains a parameter twice.
     fn params(&self) -> Vec<Param<T, B>> {
         Vec::new()
     }
 
-    /// Chains this layer and `next`, whose input has the placement of this layer's output.
+    /// Chains this layer and `next`. The input of `next` must have the placement of this layer's
+    /// output.
     fn then<L: Follows<Self::Out, T, B>>(self, next: L) -> Chain<Self, L>
     where
         Self: Sized,
@@ -94,7 +98,7 @@ pub trait Follows<P: Placement, T: Element, B: Backend>: Layer<T, B> {}
 
 impl<P: Fits<L::In>, T: Element, B: Backend, L: Layer<T, B>> Follows<P, T, B> for L {}
 
-/// Two layers, one after the other.
+/// Two layers, the second of which takes the output of the first.
 #[derive(Clone, Debug)]
 pub struct Chain<A, L>(pub A, pub L);
 

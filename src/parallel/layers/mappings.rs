@@ -1,4 +1,5 @@
-//! The seven mappings between placements. The backward of each is the mapping between the duals.
+//! The seven mappings between placements. The backward of a mapping is the mapping between the dual
+//! placements.
 
 use crate::{
     device::Element,
@@ -64,7 +65,8 @@ impl<const D: usize> ScatterTo<D> {
         Self { partition: Some(partition) }
     }
 
-    /// Scatters inputs of any size as evenly as whole indices allow.
+    /// Scatters inputs of any size by
+    /// [`Group::even_partition`](crate::comm::Group::even_partition).
     pub fn even() -> Self {
         Self { partition: None }
     }
@@ -90,15 +92,16 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for ScatterTo<D> {
     }
 }
 
-/// Replicated → Shard<0>: scatters tokens, where sequence parallelism begins. Forward: takes this
+/// Replicated → Shard<0>: scatters tokens at the start of sequence parallelism. Forward: takes this
 /// rank's shard. Backward: all-gather.
 pub type ScatterSequence = ScatterTo<0>;
 
 /// Shard\<D\> → Replicated. Forward: all-gather. Backward: takes this rank's shard.
 ///
-/// Use it where all ranks use the whole tensor in the same way. Its gradient is then equal on every
-/// rank, and a rank's shard of it is complete. Where each rank uses it differently, the gradient is
-/// a sum: use [`GatherSequence`].
+/// Use this mapping if all ranks use the whole tensor in the same way. The gradient of the whole
+/// tensor is then equal on every rank, and each rank takes its shard of this gradient. If each rank
+/// uses the tensor differently, each rank has only a term of the gradient. Then use
+/// [`GatherSequence`], whose backward sums the terms.
 ///
 /// ```
 /// use shardwise::prelude::*;

@@ -11,8 +11,8 @@ use crate::{
 
 /// yₛ = (1 / nₛ) Σ xᵢ over the nₛ tokens i of sequence s: Replicated → Replicated. No collectives.
 ///
-/// x: `[tokens, features]`. y: `[sequences, features]`, one sequence. Padding does not count. A
-/// later dropout draws its masks by the number of the sequence ([`DropoutState::sequence`]).
+/// x: `[tokens, features]`. y: `[sequences, features]`, whose rows form one sequence. Padding does
+/// not count. For a later dropout layer, the first row of y is row [`DropoutState::sequence`].
 ///
 /// Backward: dxᵢ = dyₛ / nₛ for each token i of sequence s.
 ///
@@ -39,7 +39,7 @@ impl<T: Element, B: Backend> Layer<T, B> for MeanPool {
         const OP: &str = "mean pool";
         x.check_rows(OP)?;
         if x.sequences().are_cached() {
-            let reason = "the mean over a sequence of which a cache has some tokens";
+            let reason = "the mean over a sequence in a cached step";
             return Err(Error::Unsupported { op: OP, reason: reason.into() });
         }
         let means = DTensor::replicated(x.group(), ops::mean_sequences(x.local(), x.sequences())?)?;

@@ -24,7 +24,7 @@ pub struct MeasuredOverlap {
     pub times: Vec<(usize, Duration, Duration)>,
 }
 
-/// The fraction of the time that chunks must save. Less is noise.
+/// The fraction of the time that chunks must save to count as faster. A smaller gain may be noise.
 const MIN_GAIN: f64 = 0.02;
 
 /// The number of timed steps with each setting. The settings alternate.
@@ -51,7 +51,7 @@ impl MeasuredOverlap {
     /// via decomposition.
     ///
     /// # Errors
-    /// When there are fewer features than ranks, or a collective fails.
+    /// When an invariant reduction has fewer canonical blocks than ranks, or a collective fails.
     #[track_caller]
     pub fn of<S: ResidualStream, T: Element, B: Backend>(
         group: &Group<B>,

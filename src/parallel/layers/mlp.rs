@@ -11,15 +11,18 @@ use crate::{
     tensor::{Param, Tensor, Weights},
 };
 
-/// Y = f(X Upᵀ + b₁) Downᵀ + b₂, or with a gate Y = (f(X Gateᵀ) · (X Upᵀ)) Downᵀ: S → S. The `ffn`
-/// features are sharded. With SiLU the gated layer is SwiGLU (Shazeer, 2020).
+/// Y = f(X Upᵀ + b₁) Downᵀ + b₂, or with a gate Y = (f(X Gateᵀ) · (X Upᵀ)) Downᵀ, with or without
+/// biases: S → S. The `ffn` features are sharded. With SiLU the gated layer is SwiGLU (Shazeer,
+/// 2020).
 ///
-/// Gate and Up: `[ffn, hidden]`, merged into one product. Down: `[hidden, ffn]`. Collectives: one
-/// entering and one leaving collective of S each way (Shoeybi et al., 2019).
+/// Gate and Up: `[ffn, hidden]`, computed by one product. Down: `[hidden, ffn]`. Collectives: those
+/// of S entering and leaving, once in the forward and once in the backward (Shoeybi et al., 2019).
+/// With `Shard<0>`, the backward also makes an all-reduce of db₂.
 ///
-/// Computes what the linear layers with [`Activate`](crate::parallel::Activate) or [`Gate`] between
-/// them compute. Where the device can, the first product is fused with the bias and f, and the
-/// product in the backward of the second layer with f′, without rounding in between.
+/// Computes the same function as two linear layers with [`Activate`](crate::parallel::Activate) or
+/// [`Gate`] between them. Without a gate, the device may fuse the first product with the bias and
+/// f, and the product in the backward of the second layer with f′. A fused product is not rounded
+/// before the activation or f′.
 #[derive(Debug)]
 pub struct ParallelMlp<S: ResidualStream, T: Element, B: Device> {
     up: ColumnParallelLinear<S, T, B>,
@@ -28,7 +31,8 @@ pub struct ParallelMlp<S: ResidualStream, T: Element, B: Device> {
     down: RowParallelLinear<S, T, B>,
 }
 
-/// What the backward of a [`ParallelMlp`] needs: the inputs of Up, of f or the gate, and of Down.
+/// The values that the forward of a [`ParallelMlp`] saves for its backward: the inputs of Up, of f
+/// or the gate, and of Down.
 pub struct MlpSaved<T: Element, B: Device> {
     x: Tensor<T, B>,
     pre: Tensor<T, B>,
@@ -39,7 +43,7 @@ pub struct MlpSaved<T: Element, B: Device> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MlpNames {
-    /// The gate. Read by gated layers only.
+    /// The gate's projection. Only gated layers read it.
     pub gate: String,
     /// The projection up.
     pub up: String,
@@ -128,7 +132,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T
 
     #[track_caller]
     fn infer(&self, x: DTensor<S, T, B>, context: &mut Context<'_, T, B>) -> Result<DTensor<S, T, B>> {
-        // Drops what only a backward needs before the second product.
+        // Frees the tensors that only a backward needs before the second product.
         let hidden = if self.gated {
             Gate::new(self.f).infer(self.up.infer(x, context)?, context)?
         } else {

@@ -16,9 +16,9 @@ use std::marker::PhantomData;
 ///
 /// γ and β: `[features]`, equal on every rank.
 ///
-/// Collectives: none forward. The backward with `Shard<0>` makes one all-reduce of dγ and dβ
-/// together, because each rank has only its own tokens (Megatron-LM sums these gradients in
-/// `finalize_model_grads`).
+/// Collectives: the forward makes none. With `Shard<0>`, the backward makes one all-reduce of dγ
+/// and dβ together, because each rank has only its own tokens. (Megatron-LM sums these gradients in
+/// `finalize_model_grads`.)
 ///
 /// Sources: Ba, Kiros and Hinton, 2016; Zhang and Sennrich, 2019.
 ///
@@ -48,7 +48,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Normalize<S, T, B> {
     /// Reads `weight`, and `bias` for a LayerNorm.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape.
+    /// When a tensor is missing or has another shape, or ε is negative or not finite.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, kind: NormKind, features: usize) -> Result<Self> {
         kind.check()?;
         let sums = Sums::of(group)?;

@@ -12,9 +12,9 @@ use crate::{
 /// A layer that saves only its input and recomputes the forward in the backward (PyTorch's
 /// `checkpoint`).
 ///
-/// The results have the same bits, with dropout too. Collectives: those of the layer, and in the
-/// backward those of its forward again. Source: Chen et al., 2016: Training Deep Nets with
-/// Sublinear Memory Cost.
+/// The results have the same bits as without recomputation, also with dropout. Collectives: those
+/// of the layer. The backward begins with those of the layer's forward. Source: Chen et al., 2016:
+/// Training Deep Nets with Sublinear Memory Cost.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -35,12 +35,12 @@ pub struct Recompute<L> {
 }
 
 impl<L> Recompute<L> {
-    /// Recomputes this layer.
+    /// Recomputes the forward of this layer.
     pub fn new(layer: L) -> Self {
         Self::when(true, layer)
     }
 
-    /// Recomputes this layer if `on`. Otherwise calls it unchanged.
+    /// Recomputes the forward of this layer if `on` is true. Otherwise calls the layer unchanged.
     pub fn when(on: bool, layer: L) -> Self {
         Self { layer, on }
     }
@@ -51,12 +51,12 @@ impl<L> Recompute<L> {
     }
 }
 
-/// What the backward of a [`Recompute`] needs.
+/// The values that the forward of a [`Recompute`] saves for its backward.
 #[derive(Debug)]
 pub enum RecomputeSaved<X, Saved> {
-    /// The input.
+    /// The input of the layer, if its forward is recomputed.
     Input(X),
-    /// What the layer saved, if it is not recomputed.
+    /// The layer's own saved values, if its forward is not recomputed.
     Saved(Saved),
 }
 

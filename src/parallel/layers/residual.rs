@@ -10,7 +10,8 @@ use crate::{
 
 /// y = x + f(x): S → S. Collectives: those of f.
 ///
-/// Backward: dx = dy + the backward of f for dy. Source: He et al., 2015: Deep Residual Learning.
+/// Backward: dx = dy + the gradient that the backward of f returns for dy. Source: He et al., 2015:
+/// Deep Residual Learning.
 ///
 /// ```
 /// use shardwise::prelude::*;

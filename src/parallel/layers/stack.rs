@@ -47,7 +47,7 @@ where
     #[track_caller]
     fn infer(&self, x: DTensor<P, T, B>, context: &mut Context<'_, T, B>) -> Result<DTensor<P, T, B>> {
         let mut y = x;
-        // Not a fold: inside a closure, errors would not name the caller's line.
+        // A loop, not a fold, because errors inside a closure would not name the caller's line.
         for layer in self {
             y = L::Out::fit(layer.infer(y, context)?);
         }

@@ -10,42 +10,43 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The columns of a projection to key/value heads that several leaves hold. The output has a copy
-/// of a head for each of the rank's leaves that uses it. The weight has the head once.
+/// The columns of a projection to key/value heads, some of which several leaves hold. The output
+/// has one copy of a head for each of the rank's leaves that uses the head. The weight has each
+/// head once.
 ///
-/// * Forward: multiplies a head once and copies it ([`Holders::spread`]).
-/// * Backward: first sums the gradients of all copies ([`Holders::merge`]). The leaf that owns a
-///   head multiplies the sum for dX. Every rank that holds the head computes the same gradient of
-///   its rows from the sum.
+/// * Forward: a rank multiplies each head once, and copies the product ([`Holders::spread`]).
+/// * Backward: the ranks first sum the gradients of all copies ([`Holders::merge`]). The leaf that
+///   owns a head multiplies the sum for dX. Every rank that holds the head computes the gradient of
+///   the head's rows from the sum, with the same bits.
 ///
-/// Only heads that several ranks hold are communicated.
+/// The ranks communicate only heads that several ranks hold.
 #[derive(Clone, Debug)]
 pub(in crate::parallel) struct Holders {
-    /// The partition of the weight's rows over the ranks. A head that several ranks hold counts for
-    /// each.
+    /// The partition of the weight's rows over the ranks. A head that several ranks hold counts
+    /// once for each of them.
     rows: Partition,
     /// The rank's columns of q as one entry, then its heads of k and v.
     heads: Vec<HeadColumns>,
-    /// The columns of the output.
+    /// The number of columns of this rank's output.
     columns: usize,
-    /// The features of all heads that several ranks hold.
+    /// The number of features of all heads that several ranks hold.
     communicated: usize,
 }
 
-/// Rows of the weight, and the output columns that are products with them.
+/// A range of rows of the weight, and the output columns that are products with these rows.
 #[derive(Clone, Debug)]
 struct HeadColumns {
     rows: Range<usize>,
-    /// The rank's leaves that hold the rows, and each one's columns.
+    /// The rank's leaves that hold the rows, each with its output columns.
     copies: Vec<(usize, Range<usize>)>,
-    /// The range of the rows among all that are communicated, if several ranks hold them.
+    /// The range of these rows among all communicated rows; `None` if only this rank holds them.
     communicated: Option<Range<usize>>,
 }
 
 impl Holders {
-    /// Makes the columns of a rank: its query heads if `query`, then the key/value heads of its
-    /// leaves `kv` times (as keys, as values). Returns `None` if no head of the layer has several
-    /// holders.
+    /// Makes the columns of a rank. The query heads come first if `query` is true. The key/value
+    /// heads of the rank's leaves follow `kv` times: twice for keys and values, once for one of
+    /// them. Returns `None` if no head of the layer has several holders.
     pub(in crate::parallel) fn of(heads: &Heads, rank: usize, query: bool, kv: usize) -> Option<Self> {
         if heads.shared().is_empty() {
             return None;
@@ -83,8 +84,8 @@ impl Holders {
         &self.rows
     }
 
-    /// Computes the output from the product with the weight's rows: copies each column to all its
-    /// holders.
+    /// Computes the output from `y`, the product with the weight's rows. Copies the columns of a
+    /// head to all its holders on this rank.
     pub(in crate::parallel) fn spread<T: Element, B: Backend>(
         &self,
         y: Tensor<T, B>,
@@ -102,8 +103,8 @@ impl Holders {
         Ok(spread)
     }
 
-    /// Computes the gradient of the product from that of the output: sums the columns that have
-    /// several holders over these.
+    /// Computes the gradient of the product from `dy`, the gradient of the output. Sums the columns
+    /// of a head over all its holders.
     pub(in crate::parallel) fn merge<T: Element, B: Backend>(
         &self,
         sums: &Sums<B>,
@@ -124,7 +125,8 @@ impl Holders {
         Ok(())
     }
 
-    /// Sums the heads that several ranks hold over the holders; `None` if there are no such heads.
+    /// Sums the heads that several ranks hold over their holders. Returns `None` if there are no
+    /// such heads.
     fn sum_over_ranks<T: Element, B: Backend>(
         &self,
         sums: &Sums<B>,
@@ -148,8 +150,9 @@ impl Holders {
     }
 }
 
-/// Sums a head that no other rank holds over its holders, with the bits that
-/// [`Holders::sum_over_ranks`] gives where they are on several ranks.
+/// Sums a head that only this rank holds over its holders. The bits are those of
+/// [`Holders::sum_over_ranks`] for holders on several ranks, so that they do not depend on the
+/// number of ranks.
 fn sum_on_rank<T: Element, B: Backend>(
     sums: &Sums<B>,
     dy: MatRef<'_, T, B>,

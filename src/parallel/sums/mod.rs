@@ -1,29 +1,30 @@
-//! Sums over the ranks of a group: a layer gives the terms, the group's
-//! [`Reduction`](crate::shard::Reduction) gives their order.
+//! Sums over the ranks of a group. A layer computes the terms, and the group's
+//! [`Reduction`](crate::shard::Reduction) determines the order of the additions.
 //!
 //! A sum has one term for each *leaf*:
 //!
 //! * [`Reduction::Fast`](crate::shard::Reduction::Fast): a leaf is a rank. The communicator adds
-//!   the terms in its order.
-//! * [`Reduction::Invariant`](crate::shard::Reduction::Invariant): a leaf is a canonical block. A
-//!   rank owns consecutive blocks. Terms are computed block by block, added along the group's
-//!   [`Tree`] in the accumulator, and rounded once. The bits do not depend on the number of ranks.
+//!   the terms in its own order. Comments call this order *free*.
+//! * [`Reduction::Invariant`](crate::shard::Reduction::Invariant): a leaf is a canonical block, and
+//!   a rank owns consecutive blocks. The ranks compute the terms block by block, add them along the
+//!   group's [`Tree`] in the accumulator, and round the sum once. The bits do not depend on the
+//!   number of ranks. Comments call this order *fixed*.
 //!
-//! Layers sum
+//! Layers compute these sums:
 //!
 //! * products whose inner dimension is sharded ([`Sums::product`]: a row linear layer, the gradient
 //!   of a column linear layer's input);
-//! * terms of tokens, which sequence parallelism shards ([`Sums::over_tokens`]: gradients of
+//! * sums over tokens, which sequence parallelism shards ([`Sums::over_tokens`]: gradients of
 //!   parameters that all ranks hold);
 //! * the gradients of key/value heads that several leaves hold ([`Holders`]);
-//! * anything else, leaf by leaf ([`Sums::total`]).
+//! * all other sums, leaf by leaf ([`Sums::total`]).
 //!
-//! Products that are sharded but not summed ([`Sums::outputs`], [`Sums::inputs`],
-//! [`Sums::row_grads`]) are also computed leaf by leaf where the order is fixed, unless an
-//! element's bits do not depend on the rest of the product
-//! ([`Gemm::splits_exactly`](crate::kernels::Gemm::splits_exactly)). A kernel then gets the same
+//! If the order is fixed, a rank also computes leaf by leaf the products that are sharded but not
+//! summed ([`Sums::outputs`], [`Sums::inputs`], [`Sums::row_grads`]). A kernel then gets the same
 //! numbers in the same shapes, whichever rank owns the leaf
-//! ([`Gemm::gemm_block`](crate::kernels::Gemm::gemm_block)).
+//! ([`Gemm::gemm_block`](crate::kernels::Gemm::gemm_block)). A rank does not do so on a device
+//! where the bits of an element do not depend on the rest of the product
+//! ([`Gemm::splits_exactly`](crate::kernels::Gemm::splits_exactly)).
 
 mod holders;
 mod products;
@@ -44,21 +45,21 @@ use crate::{
 };
 use std::ops::Range;
 
-/// A group and the order in which it adds. A layer makes this once, when it is loaded.
+/// A group and the order of its additions. A layer makes this value once, when it is loaded.
 #[derive(Clone, Debug)]
 pub(super) struct Sums<B: Device> {
     group: Group<B>,
-    /// The fixed order, if there is one.
+    /// The tree of a fixed order; `None` if the order is free.
     tree: Option<Tree>,
 }
 
 /// The ranges of a rank's leaves in one dimension of its tensors.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Leaves {
-    /// The ranges of each leaf, such as its rows of q, of k and of v.
+    /// For each of the rank's leaves, its ranges, such as its rows of q, of k and of v.
     own: Vec<Vec<Range<usize>>>,
-    /// All ranges that the rank holds, including those that a leaf of another rank owns. Indices
-    /// that several leaves hold are a range of their own.
+    /// All ranges that the rank holds, including ranges that a leaf of another rank owns. Indices
+    /// that several leaves hold form a separate range.
     all: Vec<Range<usize>>,
     /// Whether several leaves of the group hold the same indices.
     shared: bool,
@@ -70,7 +71,7 @@ impl Leaves {
         Self { all: own.iter().flatten().chain(&others).cloned().collect(), own, shared }
     }
 
-    /// Joins the leaves of concatenated tensors: each leaf gets its ranges in all of them.
+    /// Joins the leaves of concatenated tensors. A leaf gets its ranges of all these tensors.
     pub(super) fn concat(tensors: impl IntoIterator<Item = Self>) -> Self {
         let join = |mut joined: Self, next: Self| {
             joined.own.iter_mut().zip(next.own).for_each(|(leaf, ranges)| leaf.extend(ranges));
@@ -89,13 +90,15 @@ impl Leaves {
         Self { own: self.own.iter().map(shift).collect(), all: shift(&self.all), shared: self.shared }
     }
 
-    /// Returns the indices of one of the rank's leaves, from its first range to its last.
+    /// Returns the indices of one of the rank's leaves, from the start of its first range to the
+    /// end of its last range.
     pub(super) fn range(&self, leaf: usize) -> Range<usize> {
         let ranges = &self.own[leaf];
         ranges.first().map_or(0, |range| range.start)..ranges.last().map_or(0, |range| range.end)
     }
 
-    /// The lengths of the ranges that the rank owns: the depths of products over this dimension.
+    /// Returns the lengths of the ranges that the rank owns. They are the depths of products over
+    /// this dimension.
     pub(super) fn depths(&self) -> impl Iterator<Item = usize> {
         self.own.iter().flatten().map(|range| range.len())
     }
@@ -115,18 +118,18 @@ impl<B: Device> Sums<B> {
         &self.group
     }
 
-    /// The number of leaves of all ranks.
+    /// Returns the number of leaves of all ranks.
     fn count(&self) -> usize {
         self.tree.as_ref().map_or(self.group.size(), Tree::leaves)
     }
 
-    /// This rank's leaves.
+    /// Returns the numbers of this rank's leaves.
     fn own(&self) -> Range<usize> {
         let rank = self.group.rank();
         self.tree.as_ref().map_or(rank..rank + 1, |tree| tree.owned(rank))
     }
 
-    /// This rank's leaves of a sharded dimension.
+    /// Returns this rank's leaves of a dimension that `partition` shards.
     ///
     /// # Errors
     /// On every rank, when the order is fixed and the partition does not consist of canonical
@@ -147,11 +150,11 @@ impl<B: Device> Sums<B> {
         }
     }
 
-    /// Checks that these heads have the leaves of this group.
+    /// Checks that the blocks of the query heads are the leaves of this group.
     ///
     /// # Errors
-    /// On every rank, when the query heads have other blocks, or have blocks where the order is
-    /// free.
+    /// On every rank, when the order is fixed and the query heads do not have its blocks, or the
+    /// order is free and the query heads have blocks.
     pub(super) fn check_heads(&self, op: &'static str, heads: &Heads) -> Result<()> {
         let query = heads.query_features();
         self.leaves(op, &query)?;
@@ -163,8 +166,8 @@ impl<B: Device> Sums<B> {
         Ok(())
     }
 
-    /// Joins neighbouring ranges of a leaf where the order is free, so that a sum has one term for
-    /// them.
+    /// If the order is free, joins neighbouring ranges of a leaf, so that a sum has one term for
+    /// both.
     pub(super) fn joined(&self, mut leaves: Leaves) -> Leaves {
         if self.tree.is_none() {
             for leaf in &mut leaves.own {
@@ -183,7 +186,7 @@ impl<B: Device> Sums<B> {
 }
 
 impl<B: Backend> Sums<B> {
-    /// Declares a parameter that every rank holds whole.
+    /// Declares that every rank holds the whole parameter, for the summation of its gradient.
     pub(super) fn replicated<T: Element>(&self, param: Param<T, B>) -> Param<T, B> {
         if self.tree.is_some() {
             param.sum_in_tree(None);
@@ -191,7 +194,8 @@ impl<B: Backend> Sums<B> {
         param
     }
 
-    /// Declares a parameter whose dimension `dim` is partitioned into these leaves.
+    /// Declares that dimension `dim` of the parameter is partitioned into these leaves, for the
+    /// summation of its gradient.
     pub(super) fn sharded<T: Element>(&self, param: Param<T, B>, dim: usize, leaves: &Leaves) -> Param<T, B> {
         if self.tree.is_some() {
             let (rows, cols) = (param.shape().rows(), param.shape().cols());
@@ -205,9 +209,10 @@ impl<B: Backend> Sums<B> {
         param
     }
 
-    /// Computes Σ over the leaves of all ranks, on every rank. `term` writes the term of one of the
-    /// rank's leaves, given its number, in the accumulator. The sum is rounded once. Collective: an
-    /// all-reduce.
+    /// Computes the sum over the leaves of all ranks, on every rank. `term` gets the number of one
+    /// of the rank's leaves, counted from 0, and writes its term in the accumulator. If the order
+    /// is fixed, the sum is rounded once. If it is free, each rank rounds its term before the
+    /// all-reduce. Collective: an all-reduce.
     ///
     /// # Errors
     /// When `term` or the collective fails.
@@ -231,9 +236,9 @@ impl<B: Backend> Sums<B> {
         }
     }
 
-    /// Computes Σ over all tokens of a tensor, such as the gradient of a parameter that every rank
-    /// holds. `term` writes the sum over a range of this rank's rows. Collective: none where every
-    /// rank has all tokens, else an all-reduce.
+    /// Computes a sum over all tokens of a tensor, such as the gradient of a parameter that every
+    /// rank holds. `term` writes the sum over a range of this rank's rows. Collective: an
+    /// all-reduce if the tokens are sharded, otherwise none.
     ///
     /// # Errors
     /// When `term` or the collective fails.
@@ -271,11 +276,11 @@ impl<B: Backend> Sums<B> {
         }
     }
 
-    /// Adds [`Sums::over_tokens`] to the gradient of a parameter. Where every rank has all tokens
-    /// and the order is free, the parameter's sink may ask for sums over ranges of them.
+    /// Adds [`Sums::over_tokens`] to the gradient of a parameter. If every rank has all tokens and
+    /// the order is free, the parameter's sink may request sums over ranges of the tokens.
     ///
     /// # Errors
-    /// As there, and when the sink rejects the gradient.
+    /// As [`Sums::over_tokens`], and when the sink rejects the gradient.
     #[track_caller]
     pub(super) fn add_over_tokens<S: ResidualStream, T: Element>(
         &self,
@@ -294,8 +299,8 @@ impl<B: Backend> Sums<B> {
     }
 }
 
-/// Computes the sums of the largest sub-trees over some of `count` leaves. `term` writes the term
-/// of one leaf.
+/// Computes the sums of the largest sub-trees over `leaves`, in a tree of `count` leaves. `term`
+/// writes the term of one leaf.
 fn nodes<A: Element<Acc = A>, B: Backend>(
     device: &B,
     count: usize,

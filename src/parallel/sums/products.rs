@@ -1,4 +1,4 @@
-//! The products of linear layers that have a dimension partitioned into leaves.
+//! The products of linear layers, in which one dimension is partitioned into leaves.
 
 use super::{Leaves, Sums};
 use crate::{
@@ -13,14 +13,14 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The activation preceding a layer and its input: f′ is applied to the gradient of the layer's
-/// input.
+/// The activation f preceding a layer, and the input of f. The backward multiplies the gradient of
+/// the layer's input by f′.
 pub(in crate::parallel) type PrecedingActivation<'a, T, B> = Option<(Activation, &'a Tensor<T, B>)>;
 
-/// A weight, and the bias that the layer adds.
+/// A weight, and the bias if the layer adds one.
 pub(in crate::parallel) type Affine<'a, T, B> = (&'a Param<T, B>, Option<&'a Param<T, B>>);
 
-/// The factors a b of a term. Their inner dimension is partitioned into leaves.
+/// The factors of a product a b. Its inner dimension is partitioned into leaves.
 pub(in crate::parallel) struct Factors<'a, T: Element, B: Backend> {
     pub(in crate::parallel) a: MatRef<'a, T, B>,
     pub(in crate::parallel) b: MatRef<'a, T, B>,
@@ -28,7 +28,8 @@ pub(in crate::parallel) struct Factors<'a, T: Element, B: Backend> {
 }
 
 impl<B: Backend> Sums<B> {
-    /// Computes Σ a b over all ranks, with the rows of `x` and `features` columns.
+    /// Computes the sum of the products a b over all ranks, not yet reduced. The result has the
+    /// rows of `x` and `features` columns.
     pub(in crate::parallel) fn product<P: Placement, T: Element>(
         &self,
         x: &DTensor<P, T, B>,
@@ -79,8 +80,8 @@ impl<B: Backend> Sums<B> {
         x.partial_sum(nodes, features, true)
     }
 
-    /// Computes f(pre) and pre = x wᵀ + b, whose columns are partitioned into leaves. Without f,
-    /// returns pre twice.
+    /// Computes pre = x wᵀ + b, and returns f(pre) and pre. The columns of pre are partitioned into
+    /// leaves. Without f, returns pre twice.
     pub(in crate::parallel) fn outputs<T: Element>(
         &self,
         x: &Tensor<T, B>,
@@ -102,8 +103,8 @@ impl<B: Backend> Sums<B> {
         Ok((f.map_or_else(|| Ok(pre.clone()), |f| ops::activate(f, &pre))?, pre))
     }
 
-    /// Computes dx = dy w, times f′ of the preceding activation. The columns of w are partitioned
-    /// into leaves.
+    /// Computes dx = dy w, multiplied by f′ if there is a preceding activation. The columns of w
+    /// are partitioned into leaves.
     pub(in crate::parallel) fn inputs<T: Element>(
         &self,
         dy: &Tensor<T, B>,
@@ -124,8 +125,8 @@ impl<B: Backend> Sums<B> {
         }
     }
 
-    /// Computes [`Sums::outputs`] of several layers with one input, concurrently where the device
-    /// can.
+    /// Computes [`Sums::outputs`] of several layers with the same input, without f. If the order is
+    /// free, computes the products concurrently where the device can.
     pub(in crate::parallel) fn all_outputs<T: Element>(
         &self,
         x: &Tensor<T, B>,
@@ -146,8 +147,9 @@ impl<B: Backend> Sums<B> {
         Ok(outputs)
     }
 
-    /// Adds dyᵀ x to dw, and Σ over the rows of dy to db, for several layers with one input,
-    /// concurrently where the device can. The rows of dw are partitioned into leaves.
+    /// For several layers with the same input, adds dyᵀ x to dw, and the sum of the rows of dy to
+    /// db. The rows of dw are partitioned into leaves. If the order is free and no leaves share
+    /// rows, computes the products concurrently where the device can.
     pub(in crate::parallel) fn row_grads<'a, T: Element>(
         &self,
         layers: Vec<((Affine<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
@@ -187,7 +189,7 @@ impl<B: Backend> Sums<B> {
             self.grads(w, (dy, x.mat()), (0, leaves))?;
             return bias.map_or(Ok(()), |bias| self.bias_grad(bias, dy));
         };
-        // One product gives both gradients, if the weight's sink asks for all tokens at once.
+        // One product gives both gradients if the sinks of weight and bias request the same tokens.
         let mut sums = None;
         w.add_product_over(dy.rows(), |tokens, beta, dw| {
             let (dy, x) = (rows_of(dy, tokens.clone()), rows_of(x.mat(), tokens.clone()));
@@ -202,7 +204,7 @@ impl<B: Backend> Sums<B> {
         })
     }
 
-    /// Adds Σ over the rows of dy to db.
+    /// Adds the sum of the rows of dy to db.
     fn bias_grad<T: Element>(&self, bias: &Param<T, B>, dy: MatRef<'_, T, B>) -> Result<()> {
         bias.add_grad_over(dy.rows(), |tokens| ops::bias_grad(self.group.device(), rows_of(dy, tokens)))
     }
@@ -223,15 +225,16 @@ impl<B: Backend> Sums<B> {
         })
     }
 
-    /// Whether a product with `a` is computed range by range: where the order is fixed, and where
-    /// several ranks hold the same rows of a weight, whose gradients must have the same bits on
-    /// each.
+    /// Whether a product with `a` is computed range by range. This is needed if the order is fixed,
+    /// or if several ranks hold the same rows of a weight, because the gradients of these rows must
+    /// have the same bits on each rank. It is not needed on a device that splits products exactly.
     fn is_by_leaves<T: Element>(&self, a: MatRef<'_, T, B>, shared: bool) -> bool {
-        // With a depth of 1, a zero may have another sign.
+        // A split product of depth 1 is not exact: a zero may have another sign.
         (self.tree.is_some() || shared) && !(self.group.device().splits_exactly() && a.cols() > 1)
     }
 
-    /// Computes c ← a b + β c by ranges of dimension `dim` of c: of a's rows, or of b's columns.
+    /// Computes c ← a b + β c, one range of dimension `dim` of c after another. A range of
+    /// dimension 0 is a range of a's rows, a range of dimension 1 a range of b's columns.
     fn by_ranges<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         (dim, leaves): (usize, &Leaves),
@@ -252,7 +255,7 @@ impl<B: Backend> Sums<B> {
     }
 }
 
-/// Returns some rows of a matrix.
+/// Returns a range of rows of a matrix.
 fn rows_of<T: Element, B: Backend>(matrix: MatRef<'_, T, B>, rows: Range<usize>) -> MatRef<'_, T, B> {
     matrix.block(rows, 0..matrix.cols())
 }

@@ -10,8 +10,8 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Label smoothing: the share α of the target's probability that goes to other classes (Szegedy et
-/// al., 2016). There are two conventions.
+/// Label smoothing moves a share α of the target's probability to other classes (Szegedy et al.,
+/// 2016). Two conventions differ in the classes that get a part of α.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum Smoothing {
@@ -26,23 +26,24 @@ pub enum Smoothing {
     OverOthers(f64),
 }
 
-/// L = lse − Σₖ qₖ xₖ + z lse² for each token, with lse = log Σₖ e^xₖ over all classes: the cross
-/// entropy with the token's target class, over logits whose classes are sharded.
+/// L = lse − Σₖ qₖ xₖ + z lse² for each token, with lse = log Σₖ e^xₖ over all classes. This is the
+/// cross entropy of the token's logits x with its target class. The ranks hold shards of the
+/// classes.
 ///
-/// q is 1 for the target and 0 for the others, or smoothed ([`Smoothing`]). z is the weight of the
-/// z-loss (Chowdhery et al., 2022: PaLM, section 5).
+/// qₖ is 1 for the target class and 0 for the other classes, or smoothed ([`Smoothing`]). z is the
+/// weight of the z-loss (Chowdhery et al., 2022: PaLM, section 5).
 ///
-/// Backward: ∂L/∂xₖ = e^(xₖ − lse) (1 + 2 z lse) − qₖ. Both use xₖ − max x, so that a common offset
-/// of a token's logits costs no precision.
+/// Backward: ∂L/∂xₖ = e^(xₖ − lse) (1 + 2 z lse) − qₖ. Forward and backward first subtract the
+/// token's largest logit, so that a common offset of its logits costs no precision.
 ///
-/// * Logits: [`Shard<1>`], `[tokens, classes]`, any number of classes on any number of ranks. Never
-///   gathered.
+/// * Logits: [`Shard<1>`], `[tokens, classes]`, any number of classes on any number of ranks. The
+///   ranks never gather the logits.
 /// * Arithmetic in the accumulator: f32, or f64 for f64 logits. The losses are equal on every rank.
-/// * Collectives: forward an all-reduce (max) of one number per token and one (sum) of three
-///   numbers per token; backward none.
+/// * Collectives: the forward makes an all-reduce (max) of one number per token, and an all-reduce
+///   (sum) of three numbers per token. The backward makes none.
 ///
-/// Source: Shoeybi et al., 2019: Megatron-LM, section 3. Its smoothing covers the local classes
-/// only; here it covers all.
+/// Source: Shoeybi et al., 2019: Megatron-LM, section 3. Megatron-LM smooths over the classes of a
+/// rank only. This layer smooths over all classes.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -78,7 +79,7 @@ pub struct Losses<A: Element, B: Device> {
 }
 
 impl<A: Element, B: Device> Losses<A, B> {
-    /// Returns the loss of each token, 0 for ignored tokens.
+    /// Returns the loss of each token, which is 0 for ignored tokens.
     pub fn rows(&self) -> &Tensor<A, B> {
         &self.rows
     }
@@ -96,7 +97,7 @@ impl<A: Element, B: Device> Losses<A, B> {
         Ok(self.rows.to_vec()?.into_iter().map(Element::to_f64).sum())
     }
 
-    /// Computes the mean over the tokens that are not ignored; 0 if all are.
+    /// Computes the mean loss of the tokens that are not ignored; 0 if all tokens are ignored.
     ///
     /// # Errors
     /// When the device fails.
@@ -105,12 +106,12 @@ impl<A: Element, B: Device> Losses<A, B> {
     }
 }
 
-/// What the backward of a cross entropy needs.
+/// The values that the forward of a cross entropy saves for its backward.
 #[derive(Debug)]
 pub struct CrossEntropySaved<T: Element, B: Device> {
     logits: DTensor<Shard<1>, T, B>,
     targets: Vec<u32>,
-    /// lse = `max` + `log`: the largest logit of a token, and log Σ e^(x − max).
+    /// `max` is the largest logit of each token, and `log` is log Σ e^(x − max). Their sum is lse.
     max: Tensor<T::Acc, B>,
     log: Tensor<T::Acc, B>,
 }
@@ -134,11 +135,12 @@ impl VocabParallelCrossEntropy {
         }
     }
 
-    /// Computes the losses, and what the backward needs. `targets` has one class per token, the
-    /// same on every rank.
+    /// Computes the losses, and the saved values for the backward. `targets` has one class per
+    /// token. Every rank passes the same targets.
     ///
     /// # Errors
-    /// When there is not one target per token, a target is not a class, or a collective fails.
+    /// When there is not one target per token, a target is neither a class nor ignored, the
+    /// smoothing is not between 0 and 1, or a collective fails.
     #[track_caller]
     pub fn forward<P: Fits<Shard<1>>, T: Element, B: Backend>(
         &self,
@@ -150,8 +152,8 @@ impl VocabParallelCrossEntropy {
         let (group, device, x) = (logits.group(), logits.group().device(), logits.local().mat());
         let tokens = logits.shape().rows();
         let spec = self.targets(targets, logits.shape().cols(), logits.local_range(1).start)?;
-        // Checks all targets before the first collective, because a rank without classes ignores
-        // them.
+        // Checks all targets before the first collective, because the kernels of a rank without
+        // classes do not check any.
         let all = self.targets(targets, logits.shape().cols(), 0)?;
         check_targets("cross entropy", &all, tokens, logits.shape().cols())?;
         let mut max = Tensor::<T::Acc, B>::empty(device, [tokens])?;
@@ -175,8 +177,8 @@ impl VocabParallelCrossEntropy {
         Ok((Losses { rows, counted }, saved))
     }
 
-    /// Computes the gradient of `scale` · Σ over tokens of L. A `scale` of 1 / count gives that of
-    /// the mean.
+    /// Computes the gradient of `scale` times the sum of all tokens' losses. With a `scale` of 1 /
+    /// [`Losses::counted`], this is the gradient of the mean loss.
     ///
     /// # Errors
     /// When the device fails.

@@ -1,4 +1,4 @@
-//! Embeddings of tokens, with the vocabulary sharded over the ranks, and of positions.
+//! Token embeddings, whose vocabulary is sharded over the ranks, and position embeddings.
 
 use crate::{
     comm::Group,
@@ -15,13 +15,14 @@ use std::marker::PhantomData;
 /// yᵢ = `W[idᵢ]`: ids → S. The ids are the same on every rank. W: `[vocabulary, hidden]`, sharded
 /// by rows, with at least one row on each rank.
 ///
-/// * Forward: each rank looks up the ids of its rows, and has 0 for the others. Leaving collective
-///   of S: all-reduce, or reduce-scatter over tokens. The sum is exact, since all terms but one are
-///   0.
-/// * Backward: entering collective of S with dy: none, or an all-gather. Row r of dW is the sum of
-///   the dyᵢ with idᵢ = r, but for the row of [`VocabParallelEmbedding::with_padding`].
+/// * Forward: each rank looks up the ids whose rows it holds, and takes 0 for the other ids. The
+///   leaving collective of S (all-reduce, or reduce-scatter over tokens) adds the ranks' terms. The
+///   sum is exact, because at most one term of each element is not 0.
+/// * Backward: the entering collective of S (none, or an all-gather) gives each rank all rows of
+///   dy. Row r of dW is the sum of the dyᵢ with idᵢ = r, or 0 for the padding id
+///   ([`VocabParallelEmbedding::with_padding`]).
 ///
-/// The output head of a model with tied weights is [`VocabParallelEmbedding::tied_head`].
+/// [`VocabParallelEmbedding::tied_head`] makes the output head of a model with tied weights.
 ///
 /// Source: Shoeybi et al., 2019: Megatron-LM, section 3.
 ///
@@ -59,8 +60,9 @@ impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> 
         Ok(Self { table, padding: None })
     }
 
-    /// Sets the padding id. Looking it up adds nothing to the gradient of its row, as for
-    /// `padding_idx` of `torch.nn.Embedding`. As a row of a tied head, it gets its gradient.
+    /// Sets the padding id. A lookup of this id adds nothing to the gradient of its row, as for
+    /// `padding_idx` of `torch.nn.Embedding`. The backward of a tied head still adds to the
+    /// gradient of this row.
     ///
     /// # Errors
     /// When the id is beyond the vocabulary.
@@ -75,15 +77,16 @@ impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> 
         }
     }
 
-    /// Returns the number of ids.
+    /// Returns the number of tokens in the whole vocabulary.
     pub fn vocabulary(&self) -> usize {
         self.table.partition().total()
     }
 
-    /// Computes the embeddings of ids that form these sequences, and what the backward needs.
+    /// Computes the embeddings of ids that form these sequences, and the saved values for the
+    /// backward.
     ///
     /// # Errors
-    /// When an id is beyond the vocabulary, the sequences have another number of rows, or a
+    /// When an id is beyond the vocabulary, the sequences do not have one row per id, or a
     /// collective fails.
     #[track_caller]
     pub fn forward(&self, ids: &[u32], sequences: Sequences) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
@@ -99,7 +102,7 @@ impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> 
         let local = |&id: &u32| if own.contains(&(id as usize)) { id - own.start as u32 } else { NO_ROW };
         let mut rows: Vec<u32> = ids.iter().map(local).collect();
         let term = self.table.weight().rows(&rows)?;
-        // From here on, the rows are those that get a gradient.
+        // `rows` is saved for the backward, in which the padding id gets no gradient.
         rows.iter_mut()
             .zip(ids)
             .filter(|(_, id)| self.padding == Some(**id))
@@ -108,7 +111,7 @@ impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> 
         Ok((term.exact()?.leave()?, rows))
     }
 
-    /// Adds to the table's gradient.
+    /// Adds to the table's gradient. `rows` are the values that the forward has saved.
     ///
     /// # Errors
     /// When dy has another shape than the embeddings, or a collective fails.
@@ -127,13 +130,13 @@ impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> 
         })
     }
 
-    /// Returns the table.
+    /// Returns the table, the only parameter.
     pub fn params(&self) -> Vec<Param<T, B>> {
         self.table.params()
     }
 
-    /// Makes the output head with the same weight, logits = X Wᵀ: a layer S → Shard<1>. Make it
-    /// only once: while it exists, a backward adds to the table's gradient once more
+    /// Makes the output head with the same weight: logits = X Wᵀ, S → Shard<1>. Make only one head:
+    /// while a head exists, each backward adds one more term to the table's gradient
     /// ([`Param::tie`]).
     pub fn tied_head(&self) -> ColumnParallelLinear<S, T, B> {
         self.table.tied()
@@ -143,10 +146,11 @@ impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> 
 /// yᵢ = xᵢ + `P[position of row i in its sequence]`: S → S. P: `[positions, hidden]`, learned,
 /// equal on every rank.
 ///
-/// [`PositionEmbedding::add_rows`] adds rows by other indices, such as the types of BERT's tokens.
+/// [`PositionEmbedding::add_rows`] adds the rows of P at other indices, such as the token types of
+/// BERT.
 ///
-/// Collectives: none forward. The backward with `Shard<0>` makes an all-reduce of dP, because each
-/// rank has only its own tokens.
+/// Collectives: the forward makes none. With `Shard<0>`, the backward makes an all-reduce of dP,
+/// because each rank has only its own tokens.
 #[derive(Debug)]
 pub struct PositionEmbedding<S: ResidualStream, T: Element, B: Device> {
     table: Param<T, B>,
@@ -166,11 +170,11 @@ impl<S: ResidualStream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
         Ok(Self { table: sums.replicated(table), sums, stream: PhantomData })
     }
 
-    /// Computes yᵢ = xᵢ + `P[rowsᵢ]`, and what the backward needs. `rows` has an index for every
-    /// token, the same on every rank.
+    /// Computes yᵢ = xᵢ + `P[rowsᵢ]`, and the saved values for the backward. `rows` has one index
+    /// for each token of the whole tensor, and is the same on every rank.
     ///
     /// # Errors
-    /// When there is not one index per token, or one is beyond the table.
+    /// When there is not one index per token, or an index other than `NO_ROW` is beyond the table.
     pub fn add_rows(
         &self,
         x: DTensor<S, T, B>,
@@ -182,8 +186,8 @@ impl<S: ResidualStream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
         let table = self.table.shape().rows();
         if let Some(row) = rows.iter().find(|&&row| row as usize >= table && row != NO_ROW) {
             let reason = format!(
-                "a token at position {row} of its sequence, but a table of {table} positions; if the rows are \
-                 several sequences, say which by `with_sequences`"
+                "a token has index {row}, but the table has {table} rows; if the index is a position and the tokens form \
+                 several sequences, set them by `with_sequences`"
             );
             return Err(Error::invalid("position embedding", reason));
         }

@@ -1,4 +1,5 @@
-//! The two ends of a model, whose tables are sharded by vocabulary: embeddings and cross entropy.
+//! The first and last layers of a model, which are sharded by vocabulary: embeddings and cross
+//! entropy.
 
 mod cross_entropy;
 mod embedding;

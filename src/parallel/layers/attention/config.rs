@@ -10,11 +10,11 @@ pub struct AttentionConfig {
     pub hidden: usize,
     /// The number of query heads.
     pub heads: usize,
-    /// The number of key/value heads. `heads` must be a multiple of it.
+    /// The number of key/value heads. `heads` must be a multiple of this number.
     pub kv_heads: usize,
     /// The features of one head.
     pub head_dim: usize,
-    /// The mask and the scale of scores.
+    /// The mask and the scale of the attention scores.
     pub choices: AttentionChoices,
     /// The rotary embedding of q and k, if there is one.
     pub rope: Option<RopeConfig>,
@@ -27,8 +27,8 @@ pub struct AttentionConfig {
 }
 
 impl AttentionConfig {
-    /// Attention over `hidden` features with `heads` heads of `hidden / heads` features, each with
-    /// its own keys and values, without mask, rotary embedding or biases.
+    /// Makes attention over `hidden` features with `heads` heads of `hidden / heads` features. Each
+    /// head has its own keys and values. There is no mask, rotary embedding or bias.
     pub fn new(hidden: usize, heads: usize) -> Self {
         Self {
             hidden,
@@ -53,7 +53,7 @@ impl AttentionConfig {
         Self { head_dim, ..self }
     }
 
-    /// Sets the mask and the scale of scores.
+    /// Sets the mask and the scale of the attention scores.
     pub fn with_choices(self, choices: AttentionChoices) -> Self {
         Self { choices, ..self }
     }
@@ -80,11 +80,11 @@ impl AttentionConfig {
 }
 
 /// RMSNorm of every head of q, and of k, over the head's features. All heads of q share one γ
-/// `[head_dim]`, and so do those of k (Qwen3; Henry et al., 2020).
+/// `[head_dim]`, and all heads of k share another one (Qwen3; Henry et al., 2020).
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct QkNorm {
-    /// Added to the mean square.
+    /// The ε that is added to the mean square.
     pub eps: f64,
     /// The name of q's normalization, relative to the layer.
     pub q: String,

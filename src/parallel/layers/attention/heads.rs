@@ -15,18 +15,19 @@ use std::ops::Range;
 
 /// O = softmax(scale · Q Kᵀ + mask) V for each of this rank's heads: Shard<1> → Shard<1>.
 ///
-/// Input: the output of a projection loaded with [`Columns::qkv`](crate::parallel::Columns::qkv),
-/// of which rank r holds `[qᵣ | kᵣ | vᵣ]`. Output: `[tokens, query_heads · head_dim]`, sharded by
-/// query heads.
+/// Input: the output of a projection that was loaded with
+/// [`Columns::qkv`](crate::parallel::Columns::qkv). Rank r holds `[qᵣ | kᵣ | vᵣ]`. Output:
+/// `[tokens, query_heads · head_dim]`, sharded by query heads.
 ///
-/// Tokens attend within their sequence ([`DTensor::with_sequences`]), not to padding, with `causal`
-/// not to later tokens, and with a window only to the last ones. Before that, in this order, the
-/// layer normalizes every head of q and k ([`QkNorm`]) and rotates it by its position
-/// ([`crate::kernels::Rope`]), each if configured.
+/// A token attends only to tokens of its sequence ([`DTensor::with_sequences`]), and not to
+/// padding. With a causal mask it does not attend to later tokens, and with a window it attends
+/// only to the last tokens. Before the attention, the layer normalizes every head of q and k if
+/// [`QkNorm`] is configured. Then it rotates these heads by their position if a rotary embedding is
+/// configured ([`crate::kernels::Rope`]).
 ///
-/// Collectives: none forward. The backward makes none, or with [`QkNorm`] an all-reduce of the
-/// gradients of the two γ, because each rank has only its own heads, and the gradient of a head
-/// that several ranks hold is a sum over them.
+/// Collectives: the forward makes none. With [`QkNorm`], the backward makes an all-reduce of the
+/// gradients of the two γ, because each rank computes only the terms of its own heads. Without
+/// [`QkNorm`], the backward makes none.
 ///
 /// Memory is linear in the sequence length: see [`crate::kernels::Attention`].
 #[derive(Debug)]
@@ -37,7 +38,7 @@ pub struct Attention<T: Element, B: Device> {
     query_partition: Partition,
     rotary: Option<Rotary>,
     norms: Option<HeadNorms<T, B>>,
-    /// The heads of q and of k of each leaf: of this rank, or of each of its canonical blocks.
+    /// The heads of q and of k of each leaf. A leaf is this rank, or one of its canonical blocks.
     leaf_heads: Vec<[Range<usize>; 2]>,
 }
 
@@ -48,7 +49,7 @@ struct HeadNorms<T: Element, B: Device> {
     k: Param<T, B>,
 }
 
-/// What the backward of [`Attention`] needs.
+/// The values that the forward of [`Attention`] saves for its backward.
 #[derive(Debug)]
 pub struct AttentionSaved<T: Element, B: Device> {
     context: AttentionContext<T, B>,
@@ -69,8 +70,8 @@ impl<T: Element, B: Backend> Attention<T, B> {
     /// there are any.
     ///
     /// # Errors
-    /// When the heads were partitioned for another group, the rotary embedding does not fit them,
-    /// or a tensor is missing or has another shape.
+    /// When the heads were partitioned for another group, the rotary embedding does not fit the
+    /// size of a head, or a tensor is missing or has another shape.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,
@@ -125,15 +126,15 @@ impl<T: Element, B: Backend> Attention<T, B> {
         })
     }
 
-    /// The columns of q, of k, and of v.
+    /// Returns the columns of q, of k, and of v.
     fn qkv_columns(&self) -> [Range<usize>; 3] {
         let (query, width) = (self.heads.query_width(), self.heads.width());
         let keys = query + self.heads.kv_heads * self.heads.head_dim;
         [0..query, query..keys, keys..width]
     }
 
-    /// Normalizes and rotates the heads of q and k in `[q | k | v]`. Writes into the input's
-    /// memory, unless another tensor shares it.
+    /// Normalizes and rotates the heads of q and k in `[q | k | v]`. The rotation writes into the
+    /// tensor's memory, unless another tensor shares it. The normalization makes a new tensor.
     fn prepare(
         &self,
         x: DTensor<Shard<1>, T, B>,
@@ -166,13 +167,14 @@ impl<T: Element, B: Backend> Attention<T, B> {
     }
 }
 
-/// Rejects tokens of a cached step without its context, which could not attend to earlier tokens.
+/// Rejects tokens of a cached step if attention did not get the step's context, because these
+/// tokens could not attend to the cached tokens.
 fn check_uncached(sequences: &Sequences) -> Result<()> {
     if !sequences.are_cached() {
         return Ok(());
     }
-    let reason = "the tokens belong to a step of a cache, but its context is not here: a layer that contains others must \
-                  call `infer` of each in its own `infer`";
+    let reason = "the tokens belong to a step of a cache, but attention did not get the step's context: a layer that contains \
+                  other layers must call their `infer` in its own `infer`";
     Err(Error::invalid("attention", reason))
 }
 

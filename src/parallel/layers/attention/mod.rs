@@ -16,8 +16,10 @@ use crate::{
 
 /// Multi-head, grouped-query or multi-query self-attention with its projections: S → S.
 ///
-/// `[q | k | v]` = X Wqkvᵀ + b (column-parallel, by heads), attention of each rank's heads, then
-/// Y = O Woᵀ + b (row-parallel). Collectives: those of S entering and leaving.
+/// `[q | k | v]` = X Wqkvᵀ + b is column-parallel, sharded by heads. O is the [`Attention`] of each
+/// rank's heads. Y = O Woᵀ + b is row-parallel. Collectives: those of S entering and leaving. The
+/// backward also makes those of [`Attention`] and of the output bias, and an all-reduce for
+/// key/value heads that several ranks hold.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -40,11 +42,12 @@ pub type ParallelAttention<S, T, B> =
     Chain<Chain<ColumnParallelLinear<S, T, B>, Attention<T, B>>, RowParallelLinear<S, T, B>>;
 
 impl<S: ResidualStream, T: Element, B: Backend> ParallelAttention<S, T, B> {
-    /// Reads this rank's shard of an attention layer. `layout` says where q, k and v are; `out`
-    /// names the output projection.
+    /// Reads this rank's shard of an attention layer. `layout` names the tensors of q, k and v, and
+    /// `out` names the output projection.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or there are fewer query heads than ranks.
+    /// When a tensor is missing or has another shape, there are fewer query heads than ranks, or
+    /// the number of query heads is not a multiple of the number of key/value heads.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,

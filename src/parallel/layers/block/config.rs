@@ -38,7 +38,7 @@ pub struct BlockConfig {
 }
 
 impl BlockConfig {
-    /// A pre-norm block with this attention, an ungated feed-forward layer of `ffn` features
+    /// Makes a pre-norm block with this attention, an ungated feed-forward layer of `ffn` features
     /// without biases, and the default names.
     pub fn new(attention: AttentionConfig, ffn: usize, activation: Activation, norm: NormKind) -> Self {
         Self {
@@ -112,8 +112,8 @@ impl BlockNames {
         Self::new(qkv, "self_attn.o_proj", ("input_layernorm", "post_attention_layernorm"), mlp)
     }
 
-    /// The names in Hugging Face's GPT-2 checkpoints, under `h.N`. Its matrices are stored as
-    /// `[in, out]`: [`crate::weights::Transposed`].
+    /// The names in Hugging Face's GPT-2 checkpoints, under `h.N`. These checkpoints store matrices
+    /// as `[in, out]`: read them by [`crate::weights::Transposed`].
     pub fn gpt2() -> Self {
         let qkv = QkvLayout::Concatenated("attn.c_attn".into());
         Self::new(qkv, "attn.c_proj", ("ln_1", "ln_2"), MlpNames::new("mlp.c_fc", "mlp.c_proj"))

@@ -19,8 +19,9 @@ use crate::{
 /// [`NormPlacement::Pre`] is `Residual(norm1.then(attention)).then(Residual(norm2.then(mlp)))`;
 /// `Post` is `Residual(attention).then(norm1).then(Residual(mlp)).then(norm2)`.
 ///
-/// Collectives: two entering and two leaving collectives of S each way. With `S = Shard<0>` also
-/// those of the normalizations' and biases' gradients.
+/// Collectives: those of S entering and leaving, twice in the forward and twice in the backward.
+/// The backward also makes those of [`ParallelAttention`], and with `S = Shard<0>` all-reduces of
+/// the gradients of the normalizations and biases.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -78,7 +79,7 @@ impl<S: ResidualStream, T: Element, B: Backend> TransformerBlock<S, T, B> {
     }
 }
 
-/// What the backward of each layer needs: first normalization, attention, second normalization,
+/// The saved values of each layer: first normalization, attention, second normalization,
 /// feed-forward layer.
 type Saved<S, T, B, M> = (
     <Normalize<S, T, B> as Layer<T, B>>::Saved,
@@ -202,13 +203,13 @@ mod tests {
         S::of_local(group, tokens, Tensor::full(group.device(), [rows, 16], 0.5)?)
     }
 
-    /// Counts the shared tensors that a warm step copies before it writes them, and its
-    /// allocations.
+    /// Counts the copies and the allocations of a warm step. A copy occurs if the step writes to a
+    /// tensor that shares its memory.
     fn warm(group: &Group<Cpu>, mut step: impl FnMut() -> Result<()>) -> Result<[usize; 2]> {
         for _ in 0..3 {
             step()?;
         }
-        // No rank still reads the buffers of started collectives.
+        // After this barrier, no rank still reads the buffers of started collectives.
         group.barrier()?;
         let before = [COPIES.get(), group.device().made()];
         step()?;

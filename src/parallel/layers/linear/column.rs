@@ -25,13 +25,14 @@ const OP_BACKWARD: &str = "column linear backward";
 /// * X: `[tokens, inputs]`. W: `[outputs, inputs]`, of which rank r holds the rows Wᵣ.
 ///   Y: `[tokens, outputs]`.
 /// * Backward: dX is the [`Partial`] sum of dYᵣ Wᵣ; dWᵣ = dYᵣᵀ X; dbᵣ = Σ over tokens of dYᵣ.
-/// * Collectives: none, unless several ranks hold a key/value head. The backward then begins with
-///   an all-reduce of the columns of dY of such heads, because the gradient of a head is the sum
-///   over its holders. With [`Reduction::Invariant`](crate::shard::Reduction::Invariant) the
-///   holders are canonical blocks. W and b have a head once, Y once for each of the rank's blocks
-///   that holds it.
+/// * Collectives: none, unless several ranks hold a key/value head. Then the backward begins with
+///   an all-reduce of the columns of dY that belong to such heads, because the gradient of a head
+///   is the sum over its holders. With
+///   [`Reduction::Invariant`](crate::shard::Reduction::Invariant), the holders are canonical
+///   blocks: W and b have each head once, but Y has one copy of the head for each of the rank's
+///   blocks that holds it.
 ///
-/// With its collectives this is [`ColumnParallelLinear`]. Source: Shoeybi et al., 2019:
+/// [`ColumnParallelLinear`] is this layer with its collectives. Source: Shoeybi et al., 2019:
 /// Megatron-LM, section 3.
 ///
 /// ```
@@ -57,7 +58,7 @@ pub struct ColumnLinear<T: Element, B: Device> {
     partition: Partition,
 }
 
-/// A weight and a bias: those of the layer, or those of one of several concatenated layers.
+/// The weight and the bias of the layer, or of one of several concatenated layers.
 #[derive(Debug)]
 struct Branch<T: Element, B: Device> {
     columns: Columns,
@@ -74,11 +75,11 @@ impl<T: Element, B: Backend> Branch<T, B> {
     }
 }
 
-/// Yᵣ = X Wᵣᵀ + bᵣ with its collectives: S → Shard<1>.
+/// Yᵣ = X Wᵣᵀ + bᵣ, with the collectives that enter the region: S → Shard<1>.
 ///
-/// Loaded with [`Columns::merged`] this is vLLM's `MergedColumnParallelLinear` (gate and up of a
-/// gated MLP), with [`Columns::qkv`] its `QKVParallelLinear`. For Megatron-LM's `gather_output`,
-/// chain [`GatherFrom`](crate::parallel::GatherFrom)`::<1>`.
+/// With [`Columns::merged`], this is vLLM's `MergedColumnParallelLinear` (gate and up of a gated
+/// MLP). With [`Columns::qkv`], this is vLLM's `QKVParallelLinear`. For Megatron-LM's
+/// `gather_output`, chain this layer with [`GatherFrom`](crate::parallel::GatherFrom)`::<1>`.
 pub type ColumnParallelLinear<S, T, B> = Enter<S, ColumnLinear<T, B>>;
 
 impl<T: Element, B: Backend> ColumnLinear<T, B> {
@@ -86,7 +87,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, or `columns` were made for another group.
-    /// Also for [`Bias::Skip`] of key/value heads that several canonical blocks hold.
+    /// Also for [`Bias::Skip`] if several canonical blocks hold a key/value head.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,
@@ -110,8 +111,8 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         Ok(Self { sums, branches: vec![branch], partition: columns.partition().clone() })
     }
 
-    /// Returns this rank's rows of the bias, if there is one. With [`Bias::Skip`] the caller adds
-    /// it, and adds to its gradient.
+    /// Returns this rank's rows of the bias, if there is one. With [`Bias::Skip`], the caller adds
+    /// the bias to the output, and adds to the gradient of the bias.
     pub fn bias(&self) -> Option<&Param<T, B>> {
         self.branches[0].bias.as_ref()
     }
@@ -128,7 +129,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         Self { sums: self.sums.clone(), branches, partition: self.partition.clone() }
     }
 
-    /// The rank's columns of each branch. `size` gives the number of columns of a branch.
+    /// Returns the rank's columns of each branch. `size` returns the number of columns of a branch.
     fn branch_ranges(&self, size: impl Fn(&Columns) -> usize) -> Vec<Range<usize>> {
         let branches = Partition::from_sizes(self.branches.iter().map(|branch| size(&branch.columns)));
         (0..branches.shards()).map(|branch| branches.range(branch)).collect()
@@ -163,7 +164,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     }
 }
 
-/// The partition of concatenated features: a rank holds its shard of each partition.
+/// Returns the partition of concatenated features. A rank holds its shard of each partition.
 fn concatenated<'a>(all: impl Iterator<Item = &'a Partition> + Clone) -> Partition {
     let ranks = all.clone().next().map_or(0, Partition::shards);
     Partition::from_sizes((0..ranks).map(|rank| all.clone().map(|partition| partition.size(rank)).sum()))
@@ -191,7 +192,8 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
     }
 
     fn merged(&self, dy: DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
-        // Compares all ranks' sizes, so that either every rank joins the collective below or none.
+        // Compares all ranks' sizes, so that either all ranks join the collective below, or none
+        // does.
         if !dy.partition().is_some_and(|partition| partition.sizes().eq(self.partition.sizes())) {
             let (dy, y) = (("gradient's features", dy.partition()), ("output's", &self.partition));
             return Err(partition_mismatch(OP_BACKWARD, dy, y));
@@ -275,14 +277,16 @@ impl<S: ResidualStream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
         Ok(Self::new(ColumnLinear::load(group, weights, inputs, columns, bias)?))
     }
 
-    /// `[X W₁ᵀ | X W₂ᵀ | …]`: column-parallel layers of one input, without merging their weights.
+    /// `[X W₁ᵀ | X W₂ᵀ | …]`: concatenates the outputs of column-parallel layers with the same
+    /// input, without merging their weights.
     ///
-    /// Operator parallelism on one device: the products run concurrently, on the threads of this
-    /// rank's [`Cpu`](crate::device::Cpu). Rank r holds its features of the first layer, then of
-    /// the second, and so on. Layout and bits of the output are those of a merged layer
-    /// ([`Columns::merged`]). Errors of its collectives name the first layer.
+    /// The products run concurrently on the threads of this rank's [`Cpu`](crate::device::Cpu)
+    /// (operator parallelism on one device), or one after another if the reduction is invariant.
+    /// Rank r holds its features of the first layer, then its features of the second layer, and so
+    /// on. The output has the layout and the bits of a merged layer ([`Columns::merged`]). Errors
+    /// of the collectives name the first layer.
     ///
-    /// Backward: dX = Σᵢ dYᵢ Wᵢ. Its leaving collective overlaps the products of the dWᵢ.
+    /// Backward: dX = Σᵢ dYᵢ Wᵢ. The collective of dX overlaps the products of the dWᵢ.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -310,8 +314,9 @@ impl<S: ResidualStream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
             let (this, first) = (layer.group(), all.group());
             if !this.is_same(first) || this.reduction() != first.reduction() {
                 let reduction = (this.reduction(), first.reduction());
-                let reason =
-                    format!("a layer is spread over {this:?}, the first over {first:?}, with {reduction:?}");
+                let reason = format!(
+                    "a layer is spread over {this:?}, the first over {first:?}; reductions {reduction:?}"
+                );
                 return Err(Error::invalid(OP, reason));
             }
             all.branches.extend(layer.branches);
@@ -324,8 +329,8 @@ impl<S: ResidualStream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
         Ok(Self::new(ColumnLinear { partition, ..all }))
     }
 
-    /// Makes another layer with the same weight, such as an output head. While it exists, a
-    /// backward adds to the weight's gradient once more ([`Param::tie`]).
+    /// Makes another layer with the same weight, such as an output head. While the new layer
+    /// exists, each backward adds one more term to the weight's gradient ([`Param::tie`]).
     pub fn tied(&self) -> Self {
         Self::new(self.layer.tied())
     }
@@ -350,7 +355,7 @@ impl<S: ResidualStream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
         &self.layer.branches[0].weight
     }
 
-    /// Computes f(Yᵣ), Yᵣ, and what the backward needs.
+    /// Computes f(Yᵣ) and Yᵣ. Also returns the local input, which the backward needs.
     #[track_caller]
     pub(crate) fn activated(
         &self,

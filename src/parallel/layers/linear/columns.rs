@@ -12,7 +12,7 @@ use crate::{
 };
 use std::ops::Range;
 
-/// What a linear layer does with its bias.
+/// Whether a linear layer has a bias, and whether the layer or the caller adds the bias.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Bias {
@@ -25,14 +25,14 @@ pub enum Bias {
     Skip,
 }
 
-/// The output features of a column-parallel linear layer: their partition over the ranks, and for
-/// this rank the rows of the checkpoint's tensors that hold its weights.
+/// The output features of a column-parallel linear layer: their partition over the ranks, and the
+/// rows of the checkpoint's tensors that hold this rank's weights.
 #[derive(Clone, Debug)]
 pub struct Columns {
     partition: Partition,
     rows: Vec<TensorRows>,
     reduction: Reduction,
-    /// The leaves of the group's sums among the rows of the weight.
+    /// The rows of the weight that belong to each leaf of the group's sums.
     leaves: Leaves,
     /// Key/value heads that several leaves hold, if there are any.
     holders: Option<Holders>,
@@ -41,7 +41,7 @@ pub struct Columns {
 /// A range of rows of one tensor of the checkpoint.
 #[derive(Clone, Debug)]
 struct TensorRows {
-    /// The tensor's name relative to the layer; empty for the layer itself.
+    /// The tensor's name relative to the layer; empty if the tensor has the layer's name.
     tensor: String,
     /// The number of rows of the whole tensor.
     of: usize,
@@ -51,8 +51,8 @@ struct TensorRows {
 }
 
 impl Columns {
-    /// Partitions `outputs` features over the ranks of a group as evenly as whole features allow.
-    /// With fewer features than ranks, some ranks hold none.
+    /// Partitions `outputs` features over the ranks of a group by [`Group::even_partition`]. With
+    /// fewer features than ranks, some ranks hold none.
     ///
     /// # Errors
     /// When an invariant reduction has fewer blocks than ranks.
@@ -60,7 +60,7 @@ impl Columns {
         Self::from_partition(group, group.even_partition(outputs)?)
     }
 
-    /// Partitions the features as given.
+    /// Partitions the features by this partition.
     ///
     /// # Errors
     /// When the partition does not have one shard per rank, or with
@@ -80,9 +80,9 @@ impl Columns {
         Ok(Self { partition, rows: vec![rows], reduction: group.reduction(), leaves, holders: None })
     }
 
-    /// Merges several layers of the same input and `outputs` features each into one product. Rank r
-    /// holds `[shard r of the first | shard r of the second | …]`. `tensors` are the names of the
-    /// layers, relative to the merged layer.
+    /// Merges several layers with the same input, and `outputs` features each, into one product.
+    /// Rank r holds `[shard r of the first | shard r of the second | …]`. `tensors` are the names
+    /// of the layers, relative to the merged layer.
     ///
     /// ```
     /// use ndarray::arr2;
@@ -126,8 +126,8 @@ impl Columns {
         })
     }
 
-    /// The projection to q, k and v. Rank r holds
-    /// `[q of its query heads | k | v of the key/value heads that they use]`.
+    /// Makes the columns of the projection to q, k and v. Rank r holds `[q | k | v]`: q of its
+    /// query heads, and k and v of the key/value heads that its query heads use.
     ///
     /// ```
     /// use shardwise::{prelude::*, shard::Heads};
@@ -143,8 +143,8 @@ impl Columns {
     /// ```
     ///
     /// # Errors
-    /// When the heads were assigned to another number of ranks, or the layout cannot hold shared
-    /// key/value heads.
+    /// When the heads were partitioned for another number of ranks or another reduction, or the
+    /// layout cannot hold shared key/value heads.
     pub fn qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<Self> {
         let sums = Self::check_heads(group, heads, layout)?;
         let rank = group.rank();
@@ -164,7 +164,7 @@ impl Columns {
         })
     }
 
-    /// The projections to q, to k and to v as three layers, for
+    /// Makes the columns of three layers, the projections to q, to k and to v, for
     /// [`ColumnParallelLinear::concat`](crate::parallel::ColumnParallelLinear::concat).
     ///
     /// # Errors
@@ -191,13 +191,14 @@ impl Columns {
         ])
     }
 
-    /// Returns the sums of the group if it can have these heads in this layout.
+    /// Checks that a layer of the group can have these heads in this layout. Returns the group's
+    /// sums.
     fn check_heads<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<Sums<B>> {
         const OP: &str = "qkv linear";
         same_size(OP, "the ranks of the heads", heads.ranks(), "the ranks of the group", group.size())?;
         if matches!(layout, QkvLayout::PerHead(_)) && heads.group() != 1 {
             let reason = format!(
-                "the per-head layout has one key/value head a query head, not {} for {}",
+                "the per-head layout has one key/value head per query head, not {} for {}",
                 heads.kv_heads(),
                 heads.query_heads()
             );
@@ -208,7 +209,7 @@ impl Columns {
         Ok(sums)
     }
 
-    /// The rows of one projection of a rank's heads.
+    /// Returns the checkpoint's rows of a rank's heads in one projection.
     fn heads_of(heads: &Heads, layout: &QkvLayout, projection: Projection, rank: usize) -> Vec<TensorRows> {
         let dim = heads.head_dim();
         let rows = |head, owned| {
@@ -224,10 +225,11 @@ impl Columns {
         }
     }
 
-    /// The leaves of one projection of a rank's heads.
+    /// Returns the leaves of a rank's heads in one projection.
     ///
-    /// Key/value heads belong to the leaf that owns them. A head with several holders is a range of
-    /// its own, since each rank that holds it multiplies it, with different neighbours.
+    /// A key/value head belongs to the leaf that owns it. A head with several holders forms a
+    /// separate range, so that each rank that holds the head computes the same bits, although its
+    /// neighbouring heads differ.
     fn leaves_of(heads: &Heads, projection: Projection, rank: usize) -> Leaves {
         let (first, ranges, others): (_, Vec<Vec<Range<usize>>>, _) = match projection {
             Projection::Q => {
@@ -260,7 +262,7 @@ impl Columns {
         Leaves::new(ranges.iter().map(rows).collect(), rows(&others), shared)
     }
 
-    /// The leaves of the group's sums among the rows of the weight.
+    /// The rows of the weight that belong to each leaf of the group's sums.
     pub(super) fn leaves(&self) -> &Leaves {
         &self.leaves
     }
@@ -278,8 +280,8 @@ impl Columns {
     /// Checks that a layer of this group can have these columns with this use of a bias.
     ///
     /// # Errors
-    /// When they were made for another group, or the layer skips a bias that has fewer elements
-    /// than the output has columns.
+    /// When the columns were made for another group, or the layer skips a bias that has fewer
+    /// elements than the output has columns.
     pub(super) fn check<B: Device>(&self, op: &'static str, bias: Bias, group: &Group<B>) -> Result<()> {
         let ranks = self.partition.shards();
         same_size(op, "the ranks of the columns", ranks, "the ranks of the group", group.size())?;
@@ -291,14 +293,14 @@ impl Columns {
             return Err(Error::invalid(op, reason));
         }
         if bias == Bias::Skip && self.holders.is_some() && self.reduction != Reduction::Fast {
-            let reason = "a bias that is skipped, of key/value heads that several canonical blocks hold: it has fewer \
+            let reason = "`Bias::Skip` of key/value heads that several canonical blocks hold: the bias has fewer \
                           elements than the output has columns";
             return Err(Error::Unsupported { op, reason: reason.into() });
         }
         Ok(())
     }
 
-    /// Computes the output from the product with the weight's rows.
+    /// Computes the output from `y`, the product with the weight's rows.
     pub(super) fn spread<T: Element, B: Backend>(&self, y: Tensor<T, B>) -> Result<Tensor<T, B>> {
         match &self.holders {
             Some(holders) => holders.spread(y),
@@ -306,8 +308,8 @@ impl Columns {
         }
     }
 
-    /// Computes the gradient of the product from that of the output. Collective: an all-reduce, if
-    /// several ranks hold a head.
+    /// Computes the gradient of the product from `dy`, the gradient of the output. Collective: an
+    /// all-reduce if several ranks hold a head.
     ///
     /// # Errors
     /// When sizes disagree, or the collective fails.
@@ -324,19 +326,19 @@ impl Columns {
         }
     }
 
-    /// Returns the partition of the features over the ranks. Features that several ranks or blocks
-    /// hold count for each.
+    /// Returns the partition of the features over the ranks. A feature that several ranks or blocks
+    /// hold counts once for each.
     pub fn partition(&self) -> &Partition {
         &self.partition
     }
 
-    /// The number of rows of this rank's weight.
+    /// Returns the number of rows of this rank's weight.
     pub(super) fn rows(&self) -> usize {
         self.rows.iter().map(|rows| rows.range.len()).sum()
     }
 
-    /// The regions of the layer's `.weight` or `.bias` (`suffix`). Rows have `width` elements;
-    /// `None` for vectors.
+    /// Returns this rank's regions of the layer's weights or biases (`suffix`). A row has `width`
+    /// elements; `None` for a bias.
     pub(super) fn regions(
         &self,
         weights: &Weights<'_>,
@@ -362,7 +364,7 @@ impl Columns {
     }
 }
 
-/// Joins neighbouring heads of one tensor, which are then read at once.
+/// Joins neighbouring heads of one tensor, so that one read covers them.
 fn join(rows: Vec<TensorRows>) -> Vec<TensorRows> {
     let mut joined: Vec<TensorRows> = Vec::new();
     for next in rows {

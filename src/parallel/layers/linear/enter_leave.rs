@@ -13,8 +13,9 @@ use std::marker::PhantomData;
 
 type Dual<P> = <P as Placement>::Dual;
 
-/// A linear layer, which saves its input. Its backward has two halves, so that the collective of
-/// the first half's result overlaps the second half.
+/// A linear layer that saves its input for the backward. The backward has two halves,
+/// [`Linear::input_grad`] and [`Linear::param_grads`], so that [`Enter`] can overlap the second
+/// half with the collective of the first half's result.
 pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
     /// The names of the forward and the backward in errors.
     const OPS: [&'static str; 2];
@@ -22,18 +23,19 @@ pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
     /// Returns the group whose ranks share the layer.
     fn group(&self) -> &Group<B>;
 
-    /// Returns the site that errors of the layer name.
+    /// Returns the site that is named in errors of the layer.
     #[track_caller]
     fn site(&self) -> Site;
 
     /// Returns the numbers of features of the whole input and of the whole output.
     fn features(&self) -> [usize; 2];
 
-    /// Returns whether the forward, and the gradient of the input, have the same bits row by row.
+    /// Returns whether splitting by rows leaves all bits unchanged, for the forward and for the
+    /// gradient of the input.
     fn splits(&self) -> [bool; 2];
 
-    /// Prepares the gradient of the output for both halves. For features that several ranks hold,
-    /// this is the sum over these ranks.
+    /// Prepares the gradient of the output for both halves. If several ranks hold a feature, sums
+    /// its gradient over these ranks. The default returns `dy` unchanged.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
@@ -57,9 +59,9 @@ pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
 
 /// Enters a tensor-parallel region and applies a linear layer L: S → Copied → Shard<1>.
 ///
-/// Has the bits of [`DTensor::enter`] and then L. In the backward, the reduction of dX overlaps the
-/// products for the parameters' gradients. With the group's [`Overlap`](crate::comm::Overlap),
-/// collectives run in chunks.
+/// The result has the bits of [`DTensor::enter`] followed by L. In the backward, the reduction of
+/// dX overlaps the products for the parameters' gradients. The collectives run in chunks if the
+/// group's [`Overlap`](crate::comm::Overlap) asks for chunks.
 ///
 /// * Forward: no collective for `Replicated`, an all-gather of X for `Shard<0>`.
 /// * Backward: an all-reduce of dX for `Replicated`, a reduce-scatter for `Shard<0>`.
@@ -125,8 +127,8 @@ where
 
 /// Applies a linear layer L and leaves the tensor-parallel region: Shard<1> → Partial → S.
 ///
-/// Has the bits of L and then [`DTensor::leave`]. With the group's
-/// [`Overlap`](crate::comm::Overlap), collectives run in chunks.
+/// The result has the bits of L followed by [`DTensor::leave`]. The collectives run in chunks if
+/// the group's [`Overlap`](crate::comm::Overlap) asks for chunks.
 ///
 /// * Forward: an all-reduce of Y for `Replicated`, a reduce-scatter for `Shard<0>`.
 /// * Backward: no collective for `Replicated`, an all-gather of dY for `Shard<0>`.

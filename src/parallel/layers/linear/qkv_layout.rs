@@ -4,7 +4,8 @@ use crate::shard::Heads;
 
 /// The layout of the weights of q, k and v in a checkpoint.
 ///
-/// The layouts have the same shape, so a layout is declared and never guessed from shapes or names.
+/// The tensors of several layouts have the same shape. The caller therefore declares the layout,
+/// and nothing guesses it from shapes or names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum QkvLayout {
@@ -19,8 +20,8 @@ pub enum QkvLayout {
     },
     /// One tensor, `[all q | all k | all v]` (GLM, MPT, Baichuan, Phi-3), by its name.
     Concatenated(String),
-    /// One tensor, `[q, k, v]` for each head in turn (BLOOM, GPT-NeoX), by its name. Only without
-    /// shared key/value heads.
+    /// One tensor, `[q, k, v]` for each head in turn (BLOOM, GPT-NeoX), by its name. Only for
+    /// layers with as many key/value heads as query heads.
     PerHead(String),
     /// One tensor, `[the group's q …, k, v]` for each key/value head in turn (Megatron-LM, Falcon),
     /// by its name.
@@ -33,8 +34,8 @@ impl QkvLayout {
         Self::Separate { q: q.into(), k: k.into(), v: v.into() }
     }
 
-    /// Returns the tensor that holds head `head` of a projection, the tensor's number of heads, and
-    /// the head's index in it.
+    /// Returns the tensor that holds head `head` of a projection, the number of heads in this
+    /// tensor, and the head's index among them.
     pub(super) fn head(&self, heads: &Heads, projection: Projection, head: usize) -> (&str, usize, usize) {
         let (query, kv, group) = (heads.query_heads(), heads.kv_heads(), heads.group());
         match (self, projection) {

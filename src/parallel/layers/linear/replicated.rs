@@ -1,4 +1,4 @@
-//! A linear layer that every rank computes whole.
+//! A linear layer that every rank computes in full.
 
 use crate::{
     comm::Group,
@@ -16,8 +16,9 @@ const OP_BACKWARD: &str = "replicated linear backward";
 
 /// Y = X Wᵀ + b: Replicated → Replicated. No collectives.
 ///
-/// W: `[outputs, inputs]`, b: `[outputs]`. Both and their gradients are equal on every rank. For
-/// layers that are too small to be worth a collective, such as routers. vLLM's `ReplicatedLinear`.
+/// W: `[outputs, inputs]`, b: `[outputs]`. W, b and their gradients are equal on every rank. Use
+/// this layer where a collective costs more than the whole product, such as in routers. It
+/// corresponds to vLLM's `ReplicatedLinear`.
 #[derive(Debug)]
 pub struct ReplicatedLinear<T: Element, B: Device> {
     weight: Param<T, B>,

@@ -22,12 +22,12 @@ const OP_BACKWARD: &str = "row linear backward";
 /// Y = Σᵣ Xᵣ Wᵣᵀ: Shard<1> → Partial. Each rank multiplies its own input features.
 ///
 /// * X: `[tokens, inputs]`, of which rank r holds the columns Xᵣ. W: `[outputs, inputs]`, of which
-///   it holds the columns Wᵣ. Y: `[tokens, outputs]`.
+///   rank r holds the columns Wᵣ. Y: `[tokens, outputs]`.
 /// * Backward: dXᵣ = dY Wᵣ; dWᵣ = dYᵀ Xᵣ.
 /// * Collectives: none.
 ///
-/// With its collectives and a bias this is [`RowParallelLinear`]. Source: Shoeybi et al., 2019:
-/// Megatron-LM, section 3.
+/// [`RowParallelLinear`] is this layer with its collectives and a bias. Source: Shoeybi et al.,
+/// 2019: Megatron-LM, section 3.
 #[derive(Debug)]
 pub struct RowLinear<T: Element, B: Device> {
     sums: Sums<B>,
@@ -41,7 +41,8 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
     ///
     /// # Errors
     /// When the tensor is missing or has another shape, or the partition does not have one shard
-    /// per rank.
+    /// per rank. With an invariant reduction, also when the partition does not consist of canonical
+    /// blocks.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, inputs: &Partition, outputs: usize) -> Result<Self> {
         let (shards, ranks) = (inputs.shards(), group.size());
         same_size(OP, "the number of shards", shards, "the number of ranks", ranks)?;
@@ -53,7 +54,7 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
         Ok(Self { sums, weight, partition: inputs.clone(), leaves })
     }
 
-    /// Computes dX, times f′ of the preceding activation.
+    /// Computes dX, multiplied by f′ if there is a preceding activation.
     fn input_grad_with_activation(
         &self,
         dy: &DTensor<Copied, T, B>,
@@ -128,18 +129,18 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
     }
 }
 
-/// Y = Σᵣ Xᵣ Wᵣᵀ + b with its collectives: Shard<1> → S.
+/// Y = Σᵣ Xᵣ Wᵣᵀ + b, with the collectives that leave the region: Shard<1> → S.
 ///
-/// Has the bits of [`RowLinear`], then [`DTensor::leave`], then [`AddBias`]. With the group's
-/// [`Overlap`](crate::comm::Overlap), collectives run in chunks. The bias is added once, after the
-/// sum.
+/// The result has the bits of [`RowLinear`] followed by [`DTensor::leave`] and [`AddBias`]. The
+/// collectives run in chunks if the group's [`Overlap`](crate::comm::Overlap) asks for chunks. The
+/// layer adds the bias once, after the sum.
 ///
-/// * Forward: leaving collective of S: all-reduce of Y, or reduce-scatter for `Shard<0>`.
-/// * Backward: entering collective of S: none, or all-gather of dY for `Shard<0>`, which also
-///   all-reduces db.
+/// * Forward: an all-reduce of Y for `Replicated`, a reduce-scatter for `Shard<0>`.
+/// * Backward: no collective for `Replicated`. For `Shard<0>`, an all-gather of dY, and an
+///   all-reduce of db if there is a bias.
 ///
-/// For an input that is not sharded, chain [`ScatterTo`](crate::parallel::ScatterTo)`::<1>` in
-/// front.
+/// If the input is not sharded, chain [`ScatterTo`](crate::parallel::ScatterTo)`::<1>` before this
+/// layer.
 ///
 /// ```
 /// use ndarray::{arr1, arr2};
@@ -167,8 +168,7 @@ impl<S: ResidualStream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
     /// Reads this rank's columns of `weight`, and `bias` if there is one.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or the partition does not have one shard per
-    /// rank.
+    /// As [`RowLinear::load`], also for the bias.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,
@@ -181,7 +181,7 @@ impl<S: ResidualStream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
         Ok(Self { linear, bias })
     }
 
-    /// Computes the backward of this layer and of the preceding activation.
+    /// Computes the backward of this layer, and of the preceding activation if there is one.
     #[track_caller]
     pub(crate) fn backward_with_activation(
         &self,
