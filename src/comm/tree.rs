@@ -1,9 +1,9 @@
 //! Sums along a fixed tree. The bits of the sum do not depend on which ranks own which leaves.
 //!
-//! The ranks exchange the sums of their sub-trees in the accumulator. Each rank adds up its shard
-//! of the tensor in the tree's order and rounds it once. Then the ranks gather the shards. With one
-//! sub-tree per rank, and for elements that are their own accumulators, this moves as many bytes as
-//! a reduce-scatter and an all-gather.
+//! The ranks exchange the sums of their sub-trees as values of the accumulator type (`Acc`). For
+//! its shard of the result, each rank adds these sums in the tree's order and rounds once. Then the
+//! ranks gather the shards. With one sub-tree per rank, and for an element type that is its own
+//! accumulator type, this moves as many bytes as a reduce-scatter and an all-gather.
 
 use super::{Group, ReduceOp, Shards};
 use crate::{
@@ -63,7 +63,7 @@ impl<B: Pointwise> Group<B> {
     /// ```
     ///
     /// # Errors
-    /// When the terms do not match this rank's sub-trees, a rank calls something else, or is lost.
+    /// When the terms do not match this rank's sub-trees, the ranks disagree, or a rank is lost.
     #[track_caller]
     pub fn tree_all_reduce<T: Element>(
         &self,
@@ -277,7 +277,7 @@ fn one<A: Element, B: Device>(terms: Vec<Tensor<A, B>>) -> Result<Tensor<A, B>> 
     }
 }
 
-/// Rounds a sum to the element of the result, which may be the accumulator itself.
+/// Rounds a sum to the element type of the result, which may be the accumulator type itself.
 fn rounded<T: Element, B: Pointwise>(sum: Tensor<T::Acc, B>) -> Result<Tensor<T, B>> {
     sum.into_element()
 }

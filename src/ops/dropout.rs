@@ -10,11 +10,11 @@ use crate::{
 /// y = x / (1 − p) where the mask keeps an element, else 0. The backward is the same function with
 /// dy as x.
 ///
-/// `masks`: the number of rows and the mask of each range of rows of x, in order.
+/// `masks`: for each range of rows of x, in order, its number of rows and its mask.
 ///
 /// # Errors
-/// When the numbers of rows do not add up to the rows of x, a shard exceeds the whole matrix of its
-/// mask, or p is not in 0 ≤ p < 1.
+/// When the masks' numbers of rows do not add up to the rows of x, the columns of x extend beyond
+/// the width of a mask's whole matrix, or p is not in 0 ≤ p < 1.
 pub fn dropout<T: Element, B: Backend>(
     masks: &[(usize, DropoutMask)],
     x: &Tensor<T, B>,

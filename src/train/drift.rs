@@ -14,10 +14,10 @@ use std::{
     ops::Range,
 };
 
-/// Compares the bits of the elements of parameters that several ranks of a group hold, by a hash.
-/// In a data-parallel group these are all elements. In a tensor-parallel group these are norms,
-/// positions, row biases and shared key/value heads. In a pipeline group this is a tied table,
-/// which the first and the last rank hold.
+/// Compares the bits of parameters across the ranks of a group, by hashes. The check covers every
+/// element that several ranks hold. In a data-parallel group these are all elements. In a
+/// tensor-parallel group these are norms, positions, row biases and shared key/value heads. In a
+/// pipeline group this is a tied table, which the first and the last rank hold.
 ///
 /// The parameters' regions ([`crate::tensor::ParamRegion`]) determine which ranks hold the same
 /// elements. Without this check, drift does not stop training but makes the results wrong.
@@ -86,8 +86,8 @@ pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Gr
     }
     let hashes = gather(group, &hashes)?;
 
-    // Maps the slice and the first row of a range to the first rank that holds the range and to the
-    // hash.
+    // The key is a range: its slice and its first row. The value is the first rank that holds the
+    // range, and that rank's hash.
     let mut first: HashMap<(u64, usize), (usize, f64)> = HashMap::new();
     for (rank, (slices, hashes)) in all.iter().zip(&hashes).enumerate() {
         let starts =
@@ -147,7 +147,7 @@ fn gather<B: Backend>(group: &Group<B>, own: &[f64]) -> Result<Vec<Vec<f64>>> {
     Ok((0..group.size()).map(|rank| all[counts.range(rank)].to_vec()).collect())
 }
 
-/// Returns on every rank the tensor name in `own` of rank `rank`. Collective: two all-gathers.
+/// Every rank returns the tensor name that rank `rank` has in `own`. Collective: two all-gathers.
 fn name<B: Backend>(group: &Group<B>, rank: usize, own: Option<&SliceRows>) -> Result<String> {
     let name = own.map_or("", |own| &own.tensor);
     let bytes: Vec<f64> = name.bytes().map(f64::from).collect();

@@ -53,7 +53,8 @@ enum Command {
 /// The records of ranks, from `SHARDWISE_FLIGHT_DIR` or `launch --flight`.
 #[derive(clap::Args)]
 struct Records {
-    /// Record files, or folders of them. Of several jobs, reads the one that started last.
+    /// Record files, or folders of them. If they are from several jobs, reads only those of the job
+    /// that started last.
     #[arg(required = true)]
     paths: Vec<PathBuf>,
 }

@@ -13,7 +13,7 @@ use std::{
     rc::{Rc, Weak},
 };
 
-/// The kind of a message with tag [`CALL`], which is its first number.
+/// The first number of a message with tag [`CALL`] is the message's kind.
 const KIND_CALL: u64 = 0;
 const KIND_LEAVE: u64 = 1;
 const KIND_DISAGREEMENT: u64 = 2;
@@ -34,7 +34,7 @@ pub(super) struct Members {
     engine: Weak<Engine>,
 }
 
-/// Informs the other ranks that this rank leaves. Runs once this rank has dropped the group's
+/// Informs the other ranks that this rank leaves. Runs after this rank has dropped the group's
 /// communicator and all its collectives.
 impl Drop for Members {
     fn drop(&mut self) {
@@ -108,8 +108,8 @@ impl Members {
         Some((fingerprint, [sent, received], message))
     }
 
-    /// Informs all other ranks that this rank leaves, but only once. The message includes the first
-    /// loss that this rank has received.
+    /// Informs all other ranks that this rank leaves, but only once. If this rank knows that
+    /// another rank was lost, the message also names the first such rank and the reason.
     pub(super) fn leave(&self, engine: &Engine, loss: LostReason) {
         if self.left.replace(true) {
             return;
@@ -125,7 +125,8 @@ impl Members {
         rank == self.rank || self.loss(engine, rank).is_some()
     }
 
-    /// Returns the reason for which a rank left, and the first loss that the rank had received.
+    /// Returns the reason for which a rank left, and the first lost rank that its message names,
+    /// with that rank's reason.
     fn loss(&self, engine: &Engine, rank: usize) -> Option<(LostReason, Option<(usize, LostReason)>)> {
         engine.last(self.ranks[rank], self.tag(CALL), |message| {
             let [kind, loss, root, how] = head(message)?;
@@ -144,8 +145,8 @@ impl Members {
     }
 
     /// Returns the failure that ends this rank's wait for the `missing` ranks, if there is one. The
-    /// wait ends if the group is broken, a missing rank has left, or any rank was lost in another
-    /// way.
+    /// wait ends if the group is broken, a missing rank has left, or any rank was lost for a reason
+    /// other than `LostReason::Left`.
     pub(super) fn obstacle(&self, engine: &Engine, missing: &[usize]) -> Option<Cause> {
         match &*self.failed.borrow() {
             Some(Cause::Lost { rank, reason: LostReason::Left }) if !missing.contains(rank) => {}
@@ -167,7 +168,7 @@ impl Members {
             if reason == LostReason::Left && !missing.contains(&peer) {
                 return None;
             }
-            // A rank that receives a loss usually leaves as well, so the first loss is reported.
+            // A rank that knows of a lost rank usually leaves too, so report the first lost rank.
             let root = root.and_then(|(root, how)| Some((self.ranks.iter().position(|r| *r == root)?, how)));
             let (rank, reason) = root.unwrap_or((peer, reason));
             Some(Cause::Lost { rank, reason })

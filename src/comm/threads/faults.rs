@@ -15,7 +15,7 @@ pub(super) fn panic_if_injected() {
     }
 }
 
-/// A call on f32 with no other arguments.
+/// A call on `len` elements of f32, without a reduction or a root.
 #[track_caller]
 pub(super) fn call(op: Op, seq: u64, len: usize) -> Call {
     Call {
@@ -77,7 +77,7 @@ mod tests {
         let outcome = outcome.unwrap_or_else(|panic| resume_unwind(panic));
         let longest = if op == Op::AllGather { len.div_ceil(comm.size()) } else { len };
         if longest * size_of::<f32>() <= EAGER {
-            // Every rank had a copy of the lost rank's data before it was lost.
+            // The lost rank copied its data to its slot before it panicked. All ranks can read it.
             assert_eq!(outcome, Ok(()));
         } else {
             is_peer_lost(outcome);
@@ -86,8 +86,8 @@ mod tests {
         is_peer_lost(act(&comm, op, len));
     }
 
-    /// The declared shards decide whether there is a second round. Without it, other ranks could
-    /// read longer data after its owner has returned.
+    /// The declared shards decide whether there is a second round. Without that round, other ranks
+    /// could read data that is longer than declared after its owner has returned.
     #[test]
     fn data_longer_than_the_parts_say_are_refused_on_every_rank() {
         static DATA: [f32; 70_000] = [1.0; 70_000];

@@ -27,7 +27,7 @@ pub trait ResidualStream: Elementwise + Placement<Dual = Self> {
     /// rank's shard of [`Group::even_partition`] for `Shard<0>`.
     ///
     /// # Errors
-    /// When `local` does not have this number of rows.
+    /// When `local` does not have as many rows as this rank holds.
     fn of_local<T: Element, B: Backend>(
         group: &Group<B>,
         tokens: usize,
