@@ -390,7 +390,7 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
             // 4 x 6 + 6 + 6 x 4 + 4 gradients of 1.
             assert!((right.unwrap() - 58_f64.sqrt()).abs() < 1e-12);
             let none = none.unwrap_err();
-            assert!(none.contains("such as the rest of `up.weight`: give all groups"), "{none}");
+            assert!(none.contains("such as the rest of `up.weight`: pass all groups"), "{none}");
             // An invariant norm sums over each group once, even if the caller lists the group
             // twice.
             let twice = match reduction {

@@ -874,8 +874,8 @@ fn what_cannot_be_invariant_is_refused() {
             }
             Ok(())
         }),
-        "gradient: not supported: an invariant reduction adds 1 terms to weight a step, as `set_microbatches` \
-         says, and a replica has added more"
+        "gradient: not supported: a replica has added more than 1 terms to weight in a step: `set_microbatches` \
+         sets the number of microbatches of an invariant reduction"
     );
     assert_eq!(
         refused(2, 4, |group| {

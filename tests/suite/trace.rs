@@ -364,7 +364,7 @@ fn the_same_events_are_spans_of_tracing() {
         said.contains("collective group=\"world\" rank=0 call=all_reduce(max, f32 [5], call 0) at"),
         "{said}"
     );
-    assert!(said.contains("ERROR rank=0 error=exchange: a group of one"), "{said}");
+    assert!(said.contains("ERROR rank=0 error=exchange: the only rank of a group"), "{said}");
     assert!(!said.contains("12345"), "{said}");
 }
 
