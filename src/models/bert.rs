@@ -51,8 +51,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, the source has tensors of the embeddings or
-    /// the encoder that no parameter has read, or there are fewer heads or tokens in the vocabulary
-    /// than ranks.
+    /// the encoder that no parameter has read, or there are more ranks than heads or than tokens in
+    /// the vocabulary.
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &BertConfig) -> Result<Self> {
         let source = &Renamed(source);
         let weights = Weights::new(source);

@@ -11,8 +11,8 @@ use std::collections::BTreeSet;
 /// The largest number of names that an error lists.
 const LISTED: usize = 3;
 
-/// Rejects a source that has tensors under one of `roots` which no parameter in `params` has read,
-/// because such a source belongs to another model than the configuration. Ignores tensors for which
+/// Rejects a source with a tensor under one of `roots` that no parameter in `params` has read. Such
+/// a source belongs to a model that the configuration does not describe. Ignores tensors for which
 /// `harmless` is true. Accepts a source that does not list its names.
 pub(super) fn refuse_unread<T: Element, B: Backend>(
     op: &'static str,

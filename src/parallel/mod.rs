@@ -4,9 +4,9 @@
 //! The type of a [`DTensor`] contains its placement. A [`Layer`] maps a tensor of placement `In` to
 //! a tensor of placement `Out`. Its backward maps a gradient of placement `Out::Dual` to a gradient
 //! of placement `In::Dual`. [`Layer::then`] chains two layers if the output of the first has the
-//! placement of the second's input. Otherwise the program does not compile, for example if a layer
-//! gets an unreduced sum, or a shard instead of the whole tensor. The compiler's message names the
-//! missing mapping ([`Fits`]).
+//! placement of the second's input. Otherwise the program does not compile, for example if the
+//! first layer gives an unreduced sum or a shard, but the second layer takes the whole tensor. The
+//! compiler's message names the missing mapping ([`Fits`]).
 //!
 //! | folder | holds |
 //! |---|---|
@@ -28,7 +28,7 @@
 //! | [`ColumnLinear`] | Copied → Shard<1> | none / none, or all-reduce of dY ¹ |
 //! | [`RowLinear`] | Shard<1> → Partial | none / none |
 //! | [`ColumnParallelLinear<S>`](ColumnParallelLinear) | S → Shard<1> | those of S entering |
-//! | [`RowParallelLinear<S>`](RowParallelLinear) | Shard<1> → S | those of S leaving, of a bias |
+//! | [`RowParallelLinear<S>`](RowParallelLinear) | Shard<1> → S | those of S leaving and AddBias |
 //! | [`Enter<S, L>`](Enter) of a [`Linear`] layer | S → Shard<1> | those of S entering |
 //! | [`Leave<S, L>`](Leave) of a [`Linear`] layer | Shard<1> → S | those of S leaving |
 //! | [`ReplicatedLinear`], [`MeanPool`] | Replicated → Replicated | none |

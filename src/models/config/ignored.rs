@@ -103,8 +103,9 @@ const DROPOUT: &[&str] = &[
 /// The ignored keys of every family.
 pub(super) const COMMON: &[&[&str]] = &[ORIGIN, OUTPUTS, TASKS, GENERATION, DROPOUT];
 
-/// The ignored keys of Llama, Mistral and Qwen: keys of Hugging Face's training, keys of files
-/// older than the model in transformers, and `attention_bias`, because Qwen2 always has biases.
+/// The ignored keys of Llama, Mistral and Qwen: keys of Hugging Face's training, keys of files that
+/// are older than transformers' class of the model, and `attention_bias`, because Qwen2 always has
+/// biases.
 pub(super) const LLAMA: &[&str] = &["attention_bias", "is_decoder", "is_llama_config", "max_sequence_length"];
 
 /// The ignored keys of GPT-2: keys for the heads of other tasks, and for the order of sums in half

@@ -60,10 +60,10 @@ pub struct DecoderConfig {
     pub positions: Option<usize>,
     /// The longest sequence that the model was trained for, if that is known.
     pub context: Option<usize>,
-    /// Whether the output head is the embedding's table.
+    /// Whether the output head uses the embedding's table as its weight.
     pub tied: bool,
     /// The common configuration of all blocks. At least one entry of `layers` must have the choices
-    /// and the rope of its attention.
+    /// and the rope of `block.attention`.
     pub block: BlockConfig,
     /// The options of each block, which replace those of `block`.
     pub layers: Vec<LayerChoices>,
@@ -312,7 +312,7 @@ impl ModelConfig {
 
 /// Sets the element type of the stored weights in the text of a configuration. Sets `torch_dtype`,
 /// the older key, if the text has it. Sets `dtype` if the text has it, or has neither key. Returns
-/// the text unchanged if the keys have the value, or if the text is not a JSON object.
+/// the text unchanged if the keys already name this type, or if the text is not a JSON object.
 pub(super) fn stored_as(text: &str, dtype: DType) -> String {
     let Ok(Value::Object(mut json)) = serde_json::from_str(text) else { return text.into() };
     let name = Value::from(match dtype {

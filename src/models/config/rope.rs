@@ -11,8 +11,8 @@ use serde_json::Map;
 /// `rope_scaling`. If a file has both `rope_parameters` and `rope_scaling`, takes `rope_scaling`,
 /// as transformers does.
 ///
-/// `partial_rotary_factor` must be 1, because transformers' models of these families rotate all
-/// features of a head, or fail.
+/// `partial_rotary_factor` must be 1. With another factor, transformers' models of these families
+/// still rotate all features of a head, or fail.
 pub(super) fn rope(json: &Json<'_>, head_dim: usize, context: usize) -> Result<RopeConfig, String> {
     let (new, old) = (json.object("rope_parameters")?, json.object("rope_scaling")?);
     let empty = Map::new();

@@ -14,7 +14,7 @@ use crate::{
 ///
 /// The backward computes the gradient of `scale` times the sum of all tokens' losses. With a scale
 /// of one over the number of tokens of the whole batch, this is the gradient of the mean loss.
-/// Without a scale there is no backward and no dropout. Then run
+/// Without a scale there is no backward and no dropout. In that case, run
 /// [`Pipeline::evaluate`](crate::train::Pipeline::evaluate).
 pub struct DecoderEnds<'a, S: ResidualStream, T: Element, B: Backend> {
     model: &'a Decoder<S, T, B>,

@@ -72,8 +72,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
     /// # Errors
     /// When a tensor is missing or has another shape, the source has tensors of the model that no
     /// parameter has read (the error names them), the head of a tied model differs from the table,
-    /// no layer has the choices of the configuration's `block`, there are fewer heads or tokens in
-    /// the vocabulary than ranks, or a collective fails.
+    /// no layer has the choices of the configuration's `block`, there are more ranks than heads or
+    /// than tokens in the vocabulary, or a collective fails.
     #[track_caller]
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &DecoderConfig) -> Result<Self> {
         Self::load_stages(group, source, config, &Schedule::gpipe(1, 1), 0)
@@ -84,7 +84,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
     /// the embeddings, and the last one the final normalization and the head.
     ///
     /// If the two ends of a tied model are on different pipeline ranks, both have the table. The
-    /// last rank's table is a copy that is not saved. Pass [`Decoder::tied`] to
+    /// table of the last pipeline rank is a copy, which saves leave out. Pass [`Decoder::tied`] to
     /// [`Pipeline::sum_tied`](crate::train::Pipeline::sum_tied) once per step: after the last
     /// backward, before gradient norms and the optimizer.
     ///
@@ -423,8 +423,8 @@ fn is_in(name: &str, path: &str) -> bool {
 }
 
 impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
-    /// Rejects the continuation of a prompt if a layer would rotate it by other frequencies than
-    /// the beginning of the prompt.
+    /// Rejects a step that continues a prompt if a layer would rotate the new tokens by other
+    /// frequencies than the beginning of the prompt.
     fn check_dynamic(&self, sequences: &Sequences) -> Result<()> {
         let dynamic = |layer: &LayerChoices| match layer.rope {
             Some(RopeConfig { scaling: RopeScaling::DynamicNtk { trained, .. }, .. }) => Some(trained),
@@ -460,10 +460,11 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
     /// The caller may split a long prompt over several steps to bound the memory of a step (chunked
     /// prefill). The result is the same up to rounding.
     ///
-    /// With [`RopeScaling::DynamicNtk`] the results are the same only up to the trained length.
-    /// Beyond that length, a step uses the frequencies of the length that the step reaches, but
-    /// does not rotate cached keys again, as in transformers with a cache. A longer prompt must
-    /// therefore come in one step. Later steps then append one token each.
+    /// With [`RopeScaling::DynamicNtk`], the results of a split prompt are the same only up to the
+    /// trained length. Beyond that length, a step uses the frequencies of the length that the step
+    /// reaches. Like transformers with a cache, a step does not rotate cached keys again. A prompt
+    /// that exceeds the trained length must therefore come in one step. Later steps then append one
+    /// token each.
     ///
     /// # Errors
     /// When a slot gets no token, tokens exceed the capacity or the learned positions, an id is

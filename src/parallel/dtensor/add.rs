@@ -10,8 +10,8 @@ use crate::{
 };
 
 impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
-    /// Adds a tensor with the same placement. Writes into the memory of `self` unless another
-    /// tensor shares it.
+    /// Adds a tensor with the same placement. Writes the sum into the memory of `self`, unless
+    /// another tensor shares this memory.
     ///
     /// # Errors
     /// When the shapes, the groups or the partitions differ. Also for two [`Partial`] sums under an
@@ -27,8 +27,8 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
             return Err(Error::invalid("add", "the two tensors have different partitions"));
         }
         if P::NAME == Partial::NAME && self.group.tree()?.is_some() {
-            // A rank would add the sums of its sub-trees, at a height of the tree that depends on
-            // the number of ranks.
+            // A rank would add the two tensors' sums of each of its sub-trees. The height of these
+            // sub-trees, and so the order of the additions, depends on the number of ranks.
             let reason = "two unreduced sums under an invariant reduction: reduce both first";
             return Err(Error::Unsupported { op: "add", reason: reason.into() });
         }

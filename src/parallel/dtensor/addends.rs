@@ -23,7 +23,7 @@ pub(super) enum Addends<A: Element, B: Device> {
 }
 
 impl<A: Element, B: Device> Addends<A, B> {
-    /// Applies `f` to the sum of every sub-tree. The caller applies the same function to the local
+    /// Applies `f` to the sum of every sub-tree. The caller must also apply `f` to the local
     /// tensor.
     pub(super) fn map(&self, f: impl FnMut(&Tensor<A, B>) -> Result<Tensor<A, B>>) -> Result<Self> {
         Ok(match self {

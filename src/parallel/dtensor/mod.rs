@@ -42,7 +42,7 @@ use std::{fmt, marker::PhantomData, ops::Range};
 /// sequences that its rows form ([`DTensor::with_sequences`]), because attention needs them. By
 /// default, all rows form one sequence.
 ///
-/// A layer, its input and its gradient must have the same group, which layers check by
+/// A layer, its input and the gradient of its output must have the same group. Layers check this by
 /// [`DTensor::check`].
 ///
 /// ```
@@ -68,10 +68,10 @@ pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
 
 /// A tensor's position in a training run, from which dropout draws its masks.
 ///
-/// A mask is a function of the dropout layer, this position and global indices. It is therefore the
-/// same at every tensor-parallel size, and when a backward recomputes the forward. If `row` and
-/// `sequence` count from the start of the global batch, it is also the same at every data-parallel
-/// size.
+/// A mask is a function of the dropout layer, this position and global indices. The mask is
+/// therefore the same at every tensor-parallel size, and a backward that recomputes the forward
+/// draws the same mask. If `row` and `sequence` count from the start of the global batch, the mask
+/// is also the same at every data-parallel size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DropoutState {
     /// The number of the training step.
@@ -90,8 +90,9 @@ struct Layout {
     shape: Shape,
     /// The partition of the sharded dimension; `None` unless the placement is `Shard`.
     partition: Option<Partition>,
-    /// The partition of the tokens on a `Shard<0>` residual stream, before the tensor entered a
-    /// tensor-parallel region or after it leaves the region.
+    /// The partition of the tokens on a `Shard<0>` residual stream. A tensor keeps this partition
+    /// when it enters a tensor-parallel region. A tensor that leaves the region is sharded by it
+    /// again.
     token_partition: Option<Partition>,
     sequences: Sequences,
     dropout: Option<DropoutState>,
@@ -147,11 +148,13 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         &self.group
     }
 
-    /// Checks that this input or gradient of a layer over `group` has the shape
-    /// `[tokens, features]`, and a group with the same ranks and the same reduction.
+    /// Checks that this tensor, an input or a gradient of a layer over `group`, has the shape
+    /// `[tokens, features]`. Also checks that the tensor's group is `group`, with the same
+    /// reduction.
     ///
     /// # Errors
-    /// When the tensor has another number of dimensions, another group, or another reduction.
+    /// When the tensor does not have two dimensions, or its group or reduction differs from
+    /// `group`.
     pub fn check(&self, op: &'static str, group: &Group<B>) -> Result<()> {
         self.check_rows(op)?;
         if !self.group.is_same(group) {
@@ -293,7 +296,8 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         Ok(Self { local: f(self.local)?, ..self })
     }
 
-    /// Takes the rows in `ranges`, with the same placement. Every rank must hold all rows.
+    /// Copies the rows in `ranges` to a tensor with the placement of `self`. Every rank must hold
+    /// all rows.
     fn rows(&self, ranges: &[Range<usize>]) -> Result<Self>
     where
         B: Backend,
@@ -308,7 +312,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
     }
 
     /// Returns the partition of the tokens on a `Shard<0>` residual stream: the partition that the
-    /// tensor had on the stream, or an even partition if it was not there.
+    /// tensor had on such a stream, or an even partition if the tensor was never on one.
     fn token_partition(&self) -> Result<Partition> {
         match &self.layout.token_partition {
             Some(tokens) => Ok(tokens.clone()),

@@ -2,15 +2,16 @@
 //! products that consume or produce the chunks.
 //!
 //! * Entering a region ([`gather`]): a rank starts the all-gathers of all chunks and multiplies its
-//!   own rows. Then it waits for each chunk in turn, and multiplies the chunk's rows of other
-//!   ranks.
+//!   own rows. Then it waits for each chunk in turn, and multiplies the rows of the chunk that
+//!   other ranks sent.
 //! * Leaving a region ([`start_sum`]): a rank multiplies the rows of one chunk, starts the
 //!   reduction of the product, and goes on with the next chunk.
 //!
-//! Chunks are ranges of tokens. Neither the products nor the reductions add over tokens, so that
-//! the bits are those of one collective. This requires a device whose products split exactly
-//! ([`splits`]), and enough rows in each chunk ([`MIN_ROWS`]). Otherwise a rank multiplies all rows
-//! at once. The collectives have the same chunks on every rank in both cases.
+//! Chunks are ranges of tokens. The bits are those of a single collective, because neither the
+//! products nor the reductions add over tokens. Products by chunks require a device whose products
+//! split exactly ([`splits`]), and enough rows in each chunk ([`MIN_ROWS`]). Otherwise a rank
+//! multiplies all rows at once. The collectives have the same chunks on every rank, also if only
+//! some of the ranks multiply by chunks.
 
 use super::{
     DTensor, ResidualStream,
@@ -29,14 +30,15 @@ use crate::{
 use std::ops::Range;
 
 /// The minimal number of rows in the product of one chunk. A device may compute a product of fewer
-/// rows by another algorithm, with other bits. It would also be slow, because each product reads
-/// the whole weight.
+/// rows by another algorithm, with other bits. Products of so few rows would also be slow, because
+/// each product reads the whole weight.
 const MIN_ROWS: usize = 64;
 
 /// A function that maps each row of a tensor independently of the other rows.
 type RowMap<'a, P, Q, T, B> = &'a dyn Fn(DTensor<P, T, B>) -> Result<DTensor<Q, T, B>>;
 
-/// Returns the chunks in which a tensor enters a region; `None` for a single collective or none.
+/// Returns the chunks in which a tensor enters a region; `None` if the tensor enters by a single
+/// collective or without one.
 pub(in crate::parallel) fn entering<S: ResidualStream, T: Element, B: Device>(
     x: &DTensor<S, T, B>,
 ) -> Option<Partition> {
@@ -65,12 +67,13 @@ fn reducing<T: Element, B: Device>(group: &Group<B>, shape: Shape) -> Result<Opt
 }
 
 /// Whether splitting products of these depths by rows leaves all bits unchanged. A product of depth
-/// 1 does not split exactly: a zero may get another sign.
+/// 1 does not split exactly: a zero in a part may have another sign than in the whole product.
 pub(in crate::parallel) fn splits<B: Backend>(device: &B, depths: impl IntoIterator<Item = usize>) -> bool {
     device.splits_exactly() && depths.into_iter().all(|depth| depth != 1)
 }
 
-/// Gathers `x` on every rank in chunks. Also returns the result of `map`, or `None` if the products
+/// Gathers `x` on every rank in chunks, and applies `map` to the rows of each chunk after they
+/// arrive. Returns the gathered `x` and the result of `map`. The result is `None` if the products
 /// cannot be computed chunk by chunk.
 #[track_caller]
 pub(in crate::parallel) fn gather<S: ResidualStream, T: Element, B: Backend>(

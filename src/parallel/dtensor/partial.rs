@@ -1,5 +1,5 @@
-//! `Partial` tensors, which are not yet summed over the ranks, and their reductions, blocking and
-//! asynchronous.
+//! `Partial` tensors, which are not yet summed over the ranks, and the blocking and asynchronous
+//! reductions that sum them.
 
 use super::{DTensor, Layout, addends::Addends, partition::canonical};
 use crate::{
@@ -15,8 +15,9 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
     /// Makes a `Partial` tensor with the rows of `self` and `features` columns. `nodes` are this
     /// rank's terms.
     ///
-    /// If `fixed` is true, they are the sums of this rank's sub-trees of the reduction tree.
-    /// Otherwise there is one term, and the reduction may add the ranks in any order.
+    /// If `fixed` is true, the terms are the sums of this rank's sub-trees of the reduction tree.
+    /// Otherwise `nodes` has one term, and the reduction may add the terms of the ranks in any
+    /// order.
     pub(in crate::parallel) fn partial_sum(
         &self,
         mut nodes: Vec<Tensor<T::Acc, B>>,
@@ -64,7 +65,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// Makes a tensor that is the sum of the ranks' local tensors. No communication.
     ///
     /// [`crate::shard::Reduction::Invariant`] cannot reduce such a sum, because its terms depend on
-    /// the number of ranks. It can reduce the sums of the crate's layers.
+    /// the number of ranks. An invariant reduction can reduce the sums that the crate's layers
+    /// make.
     ///
     /// # Errors
     /// When `local` has fewer than two dimensions.
@@ -98,7 +100,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     ///
     /// # Errors
     /// As [`DTensor::all_reduce`]. Also when the partition does not divide dimension D over the
-    /// ranks or, for tokens under an invariant reduction, is not the partition by canonical blocks.
+    /// ranks. For tokens under an invariant reduction, also when the partition is not the one by
+    /// canonical blocks.
     #[track_caller]
     pub fn reduce_scatter<const D: usize>(self, partition: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
         let partition = canonical("reduce_scatter", &self.group, D, partition)?;
@@ -176,7 +179,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         Ok(PendingDTensor(Progress::Started { pending, group: self.group, layout }))
     }
 
-    /// Takes the tree and this rank's sums of sub-trees; `None` if the ranks may add in any order.
+    /// Returns the tree, and takes this rank's sums of sub-trees out of the tensor; `None` if the
+    /// ranks may add in any order.
     fn take_nodes(&mut self) -> Result<Option<(Tree, Vec<Tensor<T::Acc, B>>)>> {
         let Some(tree) = self.group.tree()? else { return Ok(None) };
         match std::mem::replace(&mut self.addends, Addends::Ranks) {
@@ -196,8 +200,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     }
 }
 
-/// Whether a single collective adds in the required order. This holds if the order is free, or if
-/// there are two ranks with one sub-tree each and elements of the accumulator's type.
+/// Whether a single collective adds in the required order. This holds if the order is free. It also
+/// holds if T is its own accumulator type and there are two ranks with one sub-tree each.
 pub(super) fn is_one_collective<T: Element, B: Device>(group: &Group<B>) -> Result<bool> {
     Ok(match group.tree()? {
         None => true,

@@ -7,8 +7,8 @@ use crate::{
     shard::{Partition, Shape},
 };
 
-/// Returns the partition with its canonical blocks if `dim` is 0 (tokens) and the reduction is
-/// invariant. Otherwise returns the partition unchanged.
+/// Returns `partition`. If `dim` is 0 (tokens) and the reduction is invariant, the returned
+/// partition also contains the canonical blocks of each rank.
 ///
 /// # Errors
 /// When a shard does not have the size of the rank's canonical blocks.
@@ -50,8 +50,8 @@ pub(super) fn check(
     same_size(op, "the size of the partition", have, "that of the dimension", want)
 }
 
-/// Makes the error that two partitions differ. Each comes with the name of the dimension that it
-/// divides.
+/// Makes the error that two partitions differ. Each argument is a partition together with the name
+/// of the dimension that the partition divides.
 pub(in crate::parallel) fn partition_mismatch(
     op: &'static str,
     (what, partition): (&str, Option<&Partition>),

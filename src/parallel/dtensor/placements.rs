@@ -44,8 +44,8 @@ impl<T: Element, B: Backend> DTensor<Replicated, T, B> {
     /// Replicated → Shard\<D\>: takes this rank's shard of dimension `D`. No communication.
     ///
     /// # Errors
-    /// When the partition does not divide that dimension over the ranks of the group or, for tokens
-    /// under an invariant reduction, is not the partition by canonical blocks.
+    /// When the partition does not divide dimension `D` over the ranks of the group. For tokens
+    /// under an invariant reduction, also when the partition is not the one by canonical blocks.
     pub fn scatter<const D: usize>(self, partition: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
         check("scatter", self.shape(), D, partition, self.group.size())?;
         let partition = &canonical("scatter", &self.group, D, partition)?;

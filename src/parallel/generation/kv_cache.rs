@@ -12,15 +12,16 @@ use crate::{
 /// Stores the keys and values of every attention layer for a batch of sequences. Each sequence
 /// occupies one slot, and has any length up to the capacity.
 ///
-/// Each rank stores only its own key/value heads. The first step allocates keys and values of
-/// `[slots · kv_heads · capacity, head_dim]` each per layer. A caller begins a step by
-/// [`KvCache::step`], with the number of new tokens of some slots. In
+/// Each rank stores only its own key/value heads. For each layer, the first step allocates two
+/// tensors of shape `[slots · kv_heads · capacity, head_dim]`: the keys and the values. A caller
+/// begins a step by [`KvCache::step`], with the number of new tokens of some slots. In
 /// [`Layer::infer`](crate::parallel::Layer::infer), each attention layer appends the keys and
-/// values of the new tokens, which then attend to the tokens of their slot. [`Context::finish`]
-/// commits the new tokens. If a step fails before that, the committed tokens are unchanged.
+/// values of the new tokens. The new tokens then attend to the tokens of their slot.
+/// [`Context::finish`] commits the new tokens. If a step fails before that, the committed tokens
+/// are unchanged.
 ///
-/// Texts with a common prefix can reuse its keys and values: [`KvCache::truncate`] keeps only the
-/// prefix of a slot, and [`KvCache::copy_prefix`] copies a prefix to another slot.
+/// Texts with a common prefix can reuse the keys and values of the prefix: [`KvCache::truncate`]
+/// keeps only the prefix of a slot, and [`KvCache::copy_prefix`] copies a prefix to another slot.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -89,7 +90,8 @@ impl<T: Element, B: Backend> Context<'_, T, B> {
         let Step { cache, slots, .. } = step;
         let fits = |keys: &CachedKeys<T, B>| keys.is_for(heads);
         if cache.is_empty() && !cache.layers.get(step.layer).is_some_and(fits) {
-            // The cache has no tokens, so that a model with other heads may replace its buffers.
+            // The cache has no tokens, so a model whose heads do not fit the buffers may replace
+            // them.
             cache.layers.truncate(step.layer);
         }
         if step.layer == cache.layers.len() {
@@ -137,9 +139,9 @@ impl<T: Element, B: Backend> Context<'_, T, B> {
 }
 
 impl<T: Element, B: Backend> KvCache<T, B> {
-    /// Makes a cache of `slots` slots of `capacity` positions. Only one model may fill it: the
-    /// cache does not detect another model of the same sizes. While all slots are empty, any model
-    /// may begin.
+    /// Makes a cache of `slots` slots of `capacity` positions. Only one model may fill the cache:
+    /// the cache does not detect a second model with the same sizes. While all slots are empty, any
+    /// model may begin.
     ///
     /// # Errors
     /// When there is no memory for the lengths of the slots.

@@ -11,7 +11,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// The number of candidates that a rank sends at first, for `top_p`.
+/// For `top_p` without `top_k`: the number of candidates per row that a rank sends at first.
 const CANDIDATES: usize = 32;
 
 /// argmaxₖ (xₖ / t + gₖ) for each row x of logits, with temperature t and Gumbel noise gₖ: the
@@ -20,10 +20,10 @@ const CANDIDATES: usize = 32;
 /// all-reduce, whose rounding depends on the number of ranks.
 ///
 /// The sampler draws candidate k with probability ∝ e^(xₖ / t) (Gumbel, 1954). The candidates are
-/// the tokens with the `top_k` largest logits. `top_p` keeps only the smallest number of the most
-/// probable candidates whose probabilities sum to at least `top_p` (Holtzman et al., 2020). With
-/// temperature 0, the sampler takes the token with the largest logit. The noise is a function of
-/// the seed, the row's counter and the *global* index k, so that ranks neither share a generator
+/// the tokens with the `top_k` largest logits. `top_p` keeps only the most probable candidates: as
+/// few as possible, as long as their probabilities sum to at least `top_p` (Holtzman et al., 2020).
+/// With temperature 0, the sampler takes the token with the largest logit. The noise is a function
+/// of the seed, the row's counter and the *global* index k, so that ranks neither share a generator
 /// nor gather the logits. Of two equal logits, the one with the smaller index counts as larger.
 ///
 /// Collectives:
@@ -31,8 +31,8 @@ const CANDIDATES: usize = 32;
 ///   rank.
 /// * `top_k`: one all-gather of at most k candidates per row and rank.
 /// * `top_p` without `top_k`: two all-reduces of one number per row, then an all-gather of at most
-///   32 candidates per row and rank. If these do not reach the share, the all-gather is repeated
-///   with eight times as many candidates.
+///   32 candidates per row and rank. While the candidates do not reach the share `top_p`, the ranks
+///   repeat the all-gather with eight times as many candidates.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -79,7 +79,7 @@ impl Sampler {
     }
 
     /// Samples a token for each row of `logits`, `[rows, vocabulary]`. `draws[row]` is the counter
-    /// of the row's noise, usually the position of the token in its text.
+    /// of the row's noise, usually the position that the sampled token gets in its text.
     ///
     /// # Errors
     /// On every rank, when a field of the sampler is out of range, a row has a logit of NaN or +∞
@@ -149,8 +149,9 @@ impl Sampler {
         Ok(chosen.into_iter().map(|(_, token)| token).collect())
     }
 
-    /// For each row, returns the smallest number of the most probable candidates that reach `share`
-    /// of the probability of the `most` largest candidates, or of all tokens if `most` is `None`.
+    /// For each row, returns the most probable candidates: as few as reach `share` of the total
+    /// probability. The total is that of the `most` largest candidates, or of all tokens if `most`
+    /// is `None`.
     fn nuclei<B: Backend>(
         &self,
         group: &Group<B>,
@@ -197,8 +198,8 @@ impl Sampler {
         let total = reduce(ReduceOp::Sum, (0..rows).map(total).collect())?;
         let mut count = CANDIDATES;
         loop {
-            // Each rank sends its `count` largest logits, so that a logit which it does not send is
-            // at most the smallest logit which it sends.
+            // Each rank sends its `count` largest logits, so that no logit that it keeps back is
+            // larger than one that it sends.
             let all = candidates(group, rows, partition, count, of)?;
             let complete = count >= vocabulary;
             let mut enough = true;

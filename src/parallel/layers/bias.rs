@@ -34,7 +34,7 @@ impl<S: ResidualStream, T: Element, B: Backend> AddBias<S, T, B> {
         Ok(Self { bias: sums.replicated(bias), sums, stream: PhantomData })
     }
 
-    /// Computes x + b in x's memory, unless another tensor shares it.
+    /// Computes x + b in x's memory, unless another tensor shares this memory.
     pub(super) fn add_to(&self, x: DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         x.map_local(|mut local| {
             let device = local.device().clone();

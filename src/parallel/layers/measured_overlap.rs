@@ -31,9 +31,9 @@ const MIN_GAIN: f64 = 0.02;
 const ROUNDS: usize = 7;
 
 impl MeasuredOverlap {
-    /// Measures an MLP of element T with sizes `hidden` and `ffn`, on a residual stream S. The
-    /// number of tokens, counted over all ranks, starts at 64 per rank and doubles up to `tokens`.
-    /// Collective: every rank calls it with the same sizes.
+    /// Measures an MLP with element type T and sizes `hidden` and `ffn`, on a residual stream S.
+    /// The number of tokens, counted over all ranks, starts at 64 per rank and doubles up to
+    /// `tokens`. Collective: every rank calls this function with the same sizes.
     ///
     /// ```
     /// use shardwise::prelude::*;

@@ -15,14 +15,15 @@ use crate::{
 /// biases: S → S. The `ffn` features are sharded. With SiLU the gated layer is SwiGLU (Shazeer,
 /// 2020).
 ///
-/// Gate and Up: `[ffn, hidden]`, computed by one product. Down: `[hidden, ffn]`. Collectives: those
-/// of S entering and leaving, once in the forward and once in the backward (Shoeybi et al., 2019).
-/// With `Shard<0>`, the backward also makes an all-reduce of db₂.
+/// Gate and Up: `[ffn, hidden]`. One product multiplies X by both. Down: `[hidden, ffn]`.
+/// Collectives: those of S entering and leaving, once in the forward and once in the backward
+/// (Shoeybi et al., 2019). With `Shard<0>` and biases, the backward also makes an all-reduce of
+/// db₂.
 ///
 /// Computes the same function as two linear layers with [`Activate`](crate::parallel::Activate) or
 /// [`Gate`] between them. Without a gate, the device may fuse the first product with the bias and
-/// f, and the product in the backward of the second layer with f′. A fused product is not rounded
-/// before the activation or f′.
+/// f. In the backward, the device may then fuse the second layer's product for dX with f′. A fused
+/// product is not rounded before the activation or f′.
 #[derive(Debug)]
 pub struct ParallelMlp<S: ResidualStream, T: Element, B: Device> {
     up: ColumnParallelLinear<S, T, B>,
@@ -132,7 +133,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T
 
     #[track_caller]
     fn infer(&self, x: DTensor<S, T, B>, context: &mut Context<'_, T, B>) -> Result<DTensor<S, T, B>> {
-        // Frees the tensors that only a backward needs before the second product.
+        // Before the second product, frees the tensors that only a backward needs.
         let hidden = if self.gated {
             Gate::new(self.f).infer(self.up.infer(x, context)?, context)?
         } else {

@@ -63,8 +63,8 @@ fn foreign(what: &str) -> Error {
     Error::invalid("backward", format!("the saved values belong to a forward of {what}"))
 }
 
-/// A boxed layer with placements `In` and `Out`: a `Vec` of boxes can mix layer types.
-/// Errors name the line that called the box instead of lines inside the layer.
+/// A boxed layer with placements `In` and `Out`. A `Vec` of such boxes can contain layers of
+/// different types. Errors name the line that called the box instead of lines inside the layer.
 pub struct BoxLayer<In: Placement, Out: Placement, T: Element = f32, B: Backend = Cpu>(
     Box<dyn Erased<In, Out, T, B>>,
 );

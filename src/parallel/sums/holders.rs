@@ -15,9 +15,9 @@ use std::ops::Range;
 /// head once.
 ///
 /// * Forward: a rank multiplies each head once, and copies the product ([`Holders::spread`]).
-/// * Backward: the ranks first sum the gradients of all copies ([`Holders::merge`]). The leaf that
-///   owns a head multiplies the sum for dX. Every rank that holds the head computes the gradient of
-///   the head's rows from the sum, with the same bits.
+/// * Backward: the ranks first sum the gradients of all copies ([`Holders::merge`]). For dX, only
+///   the leaf that owns a head multiplies the sum by the head's weights. Every rank that holds the
+///   head computes the gradient of the head's rows from the sum, with the same bits.
 ///
 /// The ranks communicate only heads that several ranks hold.
 #[derive(Clone, Debug)]
@@ -45,8 +45,9 @@ struct HeadColumns {
 
 impl Holders {
     /// Makes the columns of a rank. The query heads come first if `query` is true. The key/value
-    /// heads of the rank's leaves follow `kv` times: twice for keys and values, once for one of
-    /// them. Returns `None` if no head of the layer has several holders.
+    /// heads of the rank's leaves follow `kv` times: twice for a projection to keys and values,
+    /// once for a projection to only one of the two. Returns `None` if no head of the layer has
+    /// several holders.
     pub(in crate::parallel) fn of(heads: &Heads, rank: usize, query: bool, kv: usize) -> Option<Self> {
         if heads.shared().is_empty() {
             return None;
@@ -63,7 +64,7 @@ impl Holders {
         for projection in 0..kv {
             for head in heads.kv_range(rank) {
                 let mut copies = Vec::new();
-                // The leaves that hold a head are consecutive, and so are its copies.
+                // The leaves that hold a head are consecutive, and so are the copies of the head.
                 for (leaf, _) in leaves.iter().enumerate().filter(|(_, heads)| heads.contains(&head)) {
                     copies.push((leaf, column..column + dim));
                     column += dim;
@@ -125,8 +126,8 @@ impl Holders {
         Ok(())
     }
 
-    /// Sums the heads that several ranks hold over their holders. Returns `None` if there are no
-    /// such heads.
+    /// For each head that several ranks hold, sums the gradients of its copies over its holders.
+    /// Returns `None` if there are no such heads.
     fn sum_over_ranks<T: Element, B: Backend>(
         &self,
         sums: &Sums<B>,
@@ -150,9 +151,9 @@ impl Holders {
     }
 }
 
-/// Sums a head that only this rank holds over its holders. The bits are those of
-/// [`Holders::sum_over_ranks`] for holders on several ranks, so that they do not depend on the
-/// number of ranks.
+/// For a head that only this rank holds, sums the gradients of its copies over its holders, which
+/// are leaves of this rank. The bits are those that [`Holders::sum_over_ranks`] gives if the same
+/// leaves are on several ranks. The bits therefore do not depend on the number of ranks.
 fn sum_on_rank<T: Element, B: Backend>(
     sums: &Sums<B>,
     dy: MatRef<'_, T, B>,

@@ -7,8 +7,8 @@
 //!   the terms in its own order. Comments call this order *free*.
 //! * [`Reduction::Invariant`](crate::shard::Reduction::Invariant): a leaf is a canonical block, and
 //!   a rank owns consecutive blocks. The ranks compute the terms block by block, add them along the
-//!   group's [`Tree`] in the accumulator, and round the sum once. The bits do not depend on the
-//!   number of ranks. Comments call this order *fixed*.
+//!   group's [`Tree`] as values of the accumulator type, and round only the final sum. The bits do
+//!   not depend on the number of ranks. Comments call this order *fixed*.
 //!
 //! Layers compute these sums:
 //!
@@ -19,11 +19,11 @@
 //! * the gradients of key/value heads that several leaves hold ([`Holders`]);
 //! * all other sums, leaf by leaf ([`Sums::total`]).
 //!
-//! If the order is fixed, a rank also computes leaf by leaf the products that are sharded but not
-//! summed ([`Sums::outputs`], [`Sums::inputs`], [`Sums::row_grads`]). A kernel then gets the same
-//! numbers in the same shapes, whichever rank owns the leaf
-//! ([`Gemm::gemm_block`](crate::kernels::Gemm::gemm_block)). A rank does not do so on a device
-//! where the bits of an element do not depend on the rest of the product
+//! If the order is fixed, a rank also computes those products leaf by leaf whose results the ranks
+//! do not sum ([`Sums::outputs`], [`Sums::inputs`], [`Sums::row_grads`]). A kernel then gets the
+//! same numbers in the same shapes, whichever rank owns the leaf
+//! ([`Gemm::gemm_block`](crate::kernels::Gemm::gemm_block)). This is not needed, and not done, on a
+//! device where the bits of an element do not depend on the rest of the product
 //! ([`Gemm::splits_exactly`](crate::kernels::Gemm::splits_exactly)).
 
 mod holders;
@@ -59,7 +59,7 @@ pub(super) struct Leaves {
     /// For each of the rank's leaves, its ranges, such as its rows of q, of k and of v.
     own: Vec<Vec<Range<usize>>>,
     /// All ranges that the rank holds, including ranges that a leaf of another rank owns. Indices
-    /// that several leaves hold form a separate range.
+    /// that several leaves hold are in a range of their own, apart from neighbouring indices.
     all: Vec<Range<usize>>,
     /// Whether several leaves of the group hold the same indices.
     shared: bool,
@@ -153,8 +153,9 @@ impl<B: Device> Sums<B> {
     /// Checks that the blocks of the query heads are the leaves of this group.
     ///
     /// # Errors
-    /// On every rank, when the order is fixed and the query heads do not have its blocks, or the
-    /// order is free and the query heads have blocks.
+    /// On every rank. If the order is fixed: when the query heads are not partitioned by the
+    /// group's canonical blocks. If the order is free: when the query heads are partitioned by
+    /// canonical blocks.
     pub(super) fn check_heads(&self, op: &'static str, heads: &Heads) -> Result<()> {
         let query = heads.query_features();
         self.leaves(op, &query)?;
@@ -186,7 +187,8 @@ impl<B: Device> Sums<B> {
 }
 
 impl<B: Backend> Sums<B> {
-    /// Declares that every rank holds the whole parameter, for the summation of its gradient.
+    /// If the order is fixed, sets how the parameter's gradient is summed: every rank holds the
+    /// whole parameter.
     pub(super) fn replicated<T: Element>(&self, param: Param<T, B>) -> Param<T, B> {
         if self.tree.is_some() {
             param.sum_in_tree(None);
@@ -194,8 +196,8 @@ impl<B: Backend> Sums<B> {
         param
     }
 
-    /// Declares that dimension `dim` of the parameter is partitioned into these leaves, for the
-    /// summation of its gradient.
+    /// If the order is fixed, sets how the parameter's gradient is summed: dimension `dim` of the
+    /// parameter is partitioned into these leaves.
     pub(super) fn sharded<T: Element>(&self, param: Param<T, B>, dim: usize, leaves: &Leaves) -> Param<T, B> {
         if self.tree.is_some() {
             let (rows, cols) = (param.shape().rows(), param.shape().cols());
@@ -210,9 +212,9 @@ impl<B: Backend> Sums<B> {
     }
 
     /// Computes the sum over the leaves of all ranks, on every rank. `term` gets the number of one
-    /// of the rank's leaves, counted from 0, and writes its term in the accumulator. If the order
-    /// is fixed, the sum is rounded once. If it is free, each rank rounds its term before the
-    /// all-reduce. Collective: an all-reduce.
+    /// of the rank's leaves, counted from 0, and writes the leaf's term as values of the
+    /// accumulator type. If the order is fixed, only the final sum is rounded. If it is free, each
+    /// rank rounds its term before the all-reduce. Collective: an all-reduce.
     ///
     /// # Errors
     /// When `term` or the collective fails.
@@ -299,8 +301,8 @@ impl<B: Backend> Sums<B> {
     }
 }
 
-/// Computes the sums of the largest sub-trees over `leaves`, in a tree of `count` leaves. `term`
-/// writes the term of one leaf.
+/// Computes the sums of the largest sub-trees that have only leaves in `leaves`. The tree has
+/// `count` leaves. `term` writes the term of one leaf.
 fn nodes<A: Element<Acc = A>, B: Backend>(
     device: &B,
     count: usize,

@@ -28,8 +28,8 @@ pub(in crate::parallel) struct Factors<'a, T: Element, B: Backend> {
 }
 
 impl<B: Backend> Sums<B> {
-    /// Computes the sum of the products a b over all ranks, not yet reduced. The result has the
-    /// rows of `x` and `features` columns.
+    /// Computes this rank's terms of the sum of the products a b over all factors and all ranks.
+    /// Does not reduce the terms. The result has the rows of `x` and `features` columns.
     pub(in crate::parallel) fn product<P: Placement, T: Element>(
         &self,
         x: &DTensor<P, T, B>,
@@ -229,7 +229,8 @@ impl<B: Backend> Sums<B> {
     /// or if several ranks hold the same rows of a weight, because the gradients of these rows must
     /// have the same bits on each rank. It is not needed on a device that splits products exactly.
     fn is_by_leaves<T: Element>(&self, a: MatRef<'_, T, B>, shared: bool) -> bool {
-        // A split product of depth 1 is not exact: a zero may have another sign.
+        // When a product of depth 1 is split, a zero may get another sign than in the whole
+        // product.
         (self.tree.is_some() || shared) && !(self.group.device().splits_exactly() && a.cols() > 1)
     }
 

@@ -34,11 +34,12 @@ pub enum Smoothing {
 /// weight of the z-loss (Chowdhery et al., 2022: PaLM, section 5).
 ///
 /// Backward: ∂L/∂xₖ = e^(xₖ − lse) (1 + 2 z lse) − qₖ. Forward and backward first subtract the
-/// token's largest logit, so that a common offset of its logits costs no precision.
+/// token's largest logit, so that an offset common to all logits of the token costs no precision.
 ///
 /// * Logits: [`Shard<1>`], `[tokens, classes]`, any number of classes on any number of ranks. The
 ///   ranks never gather the logits.
-/// * Arithmetic in the accumulator: f32, or f64 for f64 logits. The losses are equal on every rank.
+/// * The arithmetic is in the accumulator type: f64 for f64 logits, otherwise f32. The losses are
+///   equal on every rank.
 /// * Collectives: the forward makes an all-reduce (max) of one number per token, and an all-reduce
 ///   (sum) of three numbers per token. The backward makes none.
 ///

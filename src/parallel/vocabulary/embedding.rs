@@ -136,8 +136,8 @@ impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> 
     }
 
     /// Makes the output head with the same weight: logits = X Wᵀ, S → Shard<1>. Make only one head:
-    /// while a head exists, each backward adds one more term to the table's gradient
-    /// ([`Param::tie`]).
+    /// for each head that exists, each backward must add one more term before the table's gradient
+    /// is complete ([`Param::tie`]).
     pub fn tied_head(&self) -> ColumnParallelLinear<S, T, B> {
         self.table.tied()
     }
@@ -146,8 +146,8 @@ impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> 
 /// yᵢ = xᵢ + `P[position of row i in its sequence]`: S → S. P: `[positions, hidden]`, learned,
 /// equal on every rank.
 ///
-/// [`PositionEmbedding::add_rows`] adds the rows of P at other indices, such as the token types of
-/// BERT.
+/// [`PositionEmbedding::add_rows`] adds the rows of P at indices other than positions, such as the
+/// token types of BERT.
 ///
 /// Collectives: the forward makes none. With `Shard<0>`, the backward makes an all-reduce of dP,
 /// because each rank has only its own tokens.

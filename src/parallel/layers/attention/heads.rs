@@ -21,9 +21,9 @@ use std::ops::Range;
 ///
 /// A token attends only to tokens of its sequence ([`DTensor::with_sequences`]), and not to
 /// padding. With a causal mask it does not attend to later tokens, and with a window it attends
-/// only to the last tokens. Before the attention, the layer normalizes every head of q and k if
-/// [`QkNorm`] is configured. Then it rotates these heads by their position if a rotary embedding is
-/// configured ([`crate::kernels::Rope`]).
+/// only to the tokens in its window. Before the attention, the layer normalizes every head of q and
+/// k if [`QkNorm`] is configured. Then it rotates these heads by their position if a rotary
+/// embedding is configured ([`crate::kernels::Rope`]).
 ///
 /// Collectives: the forward makes none. With [`QkNorm`], the backward makes an all-reduce of the
 /// gradients of the two γ, because each rank computes only the terms of its own heads. Without
@@ -38,7 +38,8 @@ pub struct Attention<T: Element, B: Device> {
     query_partition: Partition,
     rotary: Option<Rotary>,
     norms: Option<HeadNorms<T, B>>,
-    /// The heads of q and of k of each leaf. A leaf is this rank, or one of its canonical blocks.
+    /// For each leaf, the range of its heads of q and the range of its heads of k. A leaf is this
+    /// rank, or one of its canonical blocks.
     leaf_heads: Vec<[Range<usize>; 2]>,
 }
 

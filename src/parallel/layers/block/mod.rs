@@ -20,8 +20,9 @@ use crate::{
 /// `Post` is `Residual(attention).then(norm1).then(Residual(mlp)).then(norm2)`.
 ///
 /// Collectives: those of S entering and leaving, twice in the forward and twice in the backward.
-/// The backward also makes those of [`ParallelAttention`], and with `S = Shard<0>` all-reduces of
-/// the gradients of the normalizations and biases.
+/// The backward also makes the further all-reduces of [`ParallelAttention`]. With `S = Shard<0>`,
+/// it also makes all-reduces of the gradients of the normalizations, and of the second bias of the
+/// feed-forward layer.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -204,7 +205,7 @@ mod tests {
     }
 
     /// Counts the copies and the allocations of a warm step. A copy occurs if the step writes to a
-    /// tensor that shares its memory.
+    /// tensor that shares its memory with another tensor.
     fn warm(group: &Group<Cpu>, mut step: impl FnMut() -> Result<()>) -> Result<[usize; 2]> {
         for _ in 0..3 {
             step()?;

@@ -63,9 +63,9 @@ impl Columns {
     /// Partitions the features by this partition.
     ///
     /// # Errors
-    /// When the partition does not have one shard per rank, or with
-    /// [`Reduction::Invariant`](crate::shard::Reduction::Invariant) does not consist of canonical
-    /// blocks ([`Group::partition`]).
+    /// When the partition does not have one shard per rank. With
+    /// [`Reduction::Invariant`](crate::shard::Reduction::Invariant), also when the partition does
+    /// not consist of canonical blocks ([`Group::partition`]).
     pub fn from_partition<B: Device>(group: &Group<B>, partition: Partition) -> Result<Self> {
         same_size(
             "column linear",
@@ -80,9 +80,10 @@ impl Columns {
         Ok(Self { partition, rows: vec![rows], reduction: group.reduction(), leaves, holders: None })
     }
 
-    /// Merges several layers with the same input, and `outputs` features each, into one product.
-    /// Rank r holds `[shard r of the first | shard r of the second | …]`. `tensors` are the names
-    /// of the layers, relative to the merged layer.
+    /// Merges several layers into one product. The layers have the same input, and each has
+    /// `outputs` output features. Rank r holds
+    /// `[shard r of the first | shard r of the second | …]`. `tensors` are the names of the layers,
+    /// relative to the merged layer.
     ///
     /// ```
     /// use ndarray::arr2;
@@ -143,8 +144,8 @@ impl Columns {
     /// ```
     ///
     /// # Errors
-    /// When the heads were partitioned for another number of ranks or another reduction, or the
-    /// layout cannot hold shared key/value heads.
+    /// When the heads were partitioned for another number of ranks or another reduction, or query
+    /// heads share a key/value head but the layout has one for each query head.
     pub fn qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<Self> {
         let sums = Self::check_heads(group, heads, layout)?;
         let rank = group.rank();
@@ -164,8 +165,9 @@ impl Columns {
         })
     }
 
-    /// Makes the columns of three layers, the projections to q, to k and to v, for
-    /// [`ColumnParallelLinear::concat`](crate::parallel::ColumnParallelLinear::concat).
+    /// Makes the columns of three layers: the projections to q, to k and to v.
+    /// [`ColumnParallelLinear::concat`](crate::parallel::ColumnParallelLinear::concat) can
+    /// concatenate these layers.
     ///
     /// # Errors
     /// As [`Columns::qkv`].
@@ -227,9 +229,9 @@ impl Columns {
 
     /// Returns the leaves of a rank's heads in one projection.
     ///
-    /// A key/value head belongs to the leaf that owns it. A head with several holders forms a
-    /// separate range, so that each rank that holds the head computes the same bits, although its
-    /// neighbouring heads differ.
+    /// A key/value head belongs to the leaf that owns it. A head with several holders is in a range
+    /// of its own. All ranks that hold the head therefore compute the same bits, although the
+    /// neighbouring heads of that head differ between ranks.
     fn leaves_of(heads: &Heads, projection: Projection, rank: usize) -> Leaves {
         let (first, ranges, others): (_, Vec<Vec<Range<usize>>>, _) = match projection {
             Projection::Q => {

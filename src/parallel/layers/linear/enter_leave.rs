@@ -30,8 +30,8 @@ pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
     /// Returns the numbers of features of the whole input and of the whole output.
     fn features(&self) -> [usize; 2];
 
-    /// Returns whether splitting by rows leaves all bits unchanged, for the forward and for the
-    /// gradient of the input.
+    /// Returns whether the products can be split by rows without changing any bits: first for the
+    /// forward, then for the gradient of the input.
     fn splits(&self) -> [bool; 2];
 
     /// Prepares the gradient of the output for both halves. If several ranks hold a feature, sums

@@ -133,7 +133,7 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
 ///
 /// The result has the bits of [`RowLinear`] followed by [`DTensor::leave`] and [`AddBias`]. The
 /// collectives run in chunks if the group's [`Overlap`](crate::comm::Overlap) asks for chunks. The
-/// layer adds the bias once, after the sum.
+/// layer adds the bias to the sum, not to the term of each rank.
 ///
 /// * Forward: an all-reduce of Y for `Replicated`, a reduce-scatter for `Shard<0>`.
 /// * Backward: no collective for `Replicated`. For `Shard<0>`, an all-gather of dY, and an
