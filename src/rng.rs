@@ -11,7 +11,7 @@ use rand_philox::{philox4x32_10, splitmix64, u32_to_unit_f64};
 /// ```
 /// use shardwise::rng::Philox;
 /// let stream = Philox::named(1, "layers.0.weight");
-/// // A rank that holds the elements 500..1000 draws the same numbers for them as a single device.
+/// // A rank with the elements 500..1000 draws the numbers that a single device draws for them.
 /// let whole: Vec<f64> = (0..1000).map(|index| stream.uniform(index)).collect();
 /// let shard: Vec<f64> = (500..1000).map(|index| stream.uniform(index)).collect();
 /// assert_eq!(whole[500..], shard);
@@ -39,8 +39,8 @@ impl Philox {
         Self::stream(seed, hash)
     }
 
-    /// Substream number `number` of this stream. The two are as independent as streams of different
-    /// seeds.
+    /// Substream number `number` of this stream. The substream and the stream are as independent as
+    /// streams of different seeds.
     pub fn substream(&self, number: u64) -> Self {
         Self::stream(u64::from(self.key[0]) | u64::from(self.key[1]) << 32, number)
     }

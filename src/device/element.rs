@@ -1,5 +1,5 @@
-//! The elements of tensors: f64, f32, bf16 and f16, each with its accumulator. Also views and
-//! buffers whose element is known only at run time.
+//! The element types of tensors: f64, f32, bf16 and f16, each with its accumulator type. Also views
+//! and buffers whose element type is known only at run time.
 
 use super::{
     Device,
@@ -16,7 +16,7 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// The element of a tensor, as a value.
+/// The element type of a tensor, as a value.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -57,11 +57,11 @@ impl fmt::Display for DType {
     }
 }
 
-/// The element of a tensor, as a type: `f64`, `f32`, [`half::bf16`] or [`half::f16`].
+/// The element type of a tensor, as a type: `f64`, `f32`, [`half::bf16`] or [`half::f16`].
 ///
-/// f64 is an element like the others, so that tests can check every operator at 1e-12. The trait is
-/// sealed, because the code of a kernel family serves exactly these four elements, which libraries
-/// and hardware support.
+/// f64 is an element type like the others, so that tests can check every operator at 1e-12. The
+/// trait is sealed, because the code of a kernel family serves exactly these four types, which
+/// libraries and hardware support.
 ///
 /// ```
 /// use half::bf16;
@@ -71,42 +71,43 @@ impl fmt::Display for DType {
 /// assert_eq!(Element::to_f64(x), 1.0 + <bf16 as Element>::EPSILON);
 /// ```
 pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Send + Sync + 'static {
-    /// The type in which kernels compute sums and non-linear functions of this element.
+    /// The type in which kernels compute sums and non-linear functions of these elements.
     type Acc: Accumulator;
-    /// This element as a value.
+    /// This element type as a value.
     const DTYPE: DType;
     /// The distance from 1 to the next larger number.
     const EPSILON: f64;
     /// Not a number.
     const NAN: Self;
 
-    /// Converts the element to the accumulator, exactly.
+    /// Converts the element to the accumulator type, exactly.
     fn widen(self) -> Self::Acc;
-    /// Rounds a number of the accumulator to the nearest element.
+    /// Rounds a number of the accumulator type to the nearest element.
     fn narrow(acc: Self::Acc) -> Self;
     /// Converts the element to f64, exactly.
     fn to_f64(self) -> f64;
-    /// Rounds an f64 to the nearest element, once.
+    /// Rounds an f64 to the nearest element, in one rounding.
     fn from_f64(value: f64) -> Self;
 
-    /// Converts a view to a view whose element is known at run time.
+    /// Converts a view to a view whose element type is known at run time.
     fn any_ref<B: Device>(slice: B::Slice<'_, Self>) -> AnyRef<'_, B>;
-    /// Converts an exclusive view to an exclusive view whose element is known at run time.
+    /// Converts an exclusive view to an exclusive view whose element type is known at run time.
     fn any_mut<B: Device>(slice: B::SliceMut<'_, Self>) -> AnyMut<'_, B>;
-    /// Converts a buffer to a buffer whose element is known at run time.
+    /// Converts a buffer to a buffer whose element type is known at run time.
     fn any_buffer<B: Device>(buffer: B::Buffer<Self>) -> AnyBuffer<B>;
-    /// Returns the view if this is its element, else `None`.
+    /// Returns the view if its elements have this type, else `None`.
     fn of_ref<'a, B: Device>(any: AnyRef<'a, B>) -> Option<B::Slice<'a, Self>>;
-    /// Returns the exclusive view if this is its element, else `None`.
+    /// Returns the exclusive view if its elements have this type, else `None`.
     fn of_mut<'a, B: Device>(any: AnyMut<'a, B>) -> Option<B::SliceMut<'a, Self>>;
-    /// Returns the buffer if this is its element, else `None`.
+    /// Returns the buffer if its elements have this type, else `None`.
     fn of_buffer<B: Device>(any: AnyBuffer<B>) -> Option<B::Buffer<Self>>;
 
     #[doc(hidden)]
     fn free_list(lists: &FreeLists) -> &RefCell<FreeList<Self>>;
 }
 
-/// An element that is its own accumulator: f64 or f32, with the arithmetic that kernels need.
+/// An element type that is its own accumulator type: f64 or f32, with the arithmetic that kernels
+/// need.
 ///
 /// In f32, `exp`, `tanh` and `erf` are polynomials without branches, so that the compiler
 /// vectorizes them. They are accurate to a few units in the last place. In f64, `erf` is that of
@@ -277,7 +278,7 @@ impl Accumulator for f32 {
     }
 }
 
-/// A shared view whose element is known at run time.
+/// A shared view whose element type is known at run time.
 pub enum AnyRef<'a, B: Device> {
     /// f64 elements.
     F64(B::Slice<'a, f64>),
@@ -289,7 +290,7 @@ pub enum AnyRef<'a, B: Device> {
     F16(B::Slice<'a, f16>),
 }
 
-/// An exclusive view whose element is known at run time.
+/// An exclusive view whose element type is known at run time.
 pub enum AnyMut<'a, B: Device> {
     /// f64 elements.
     F64(B::SliceMut<'a, f64>),
@@ -301,7 +302,7 @@ pub enum AnyMut<'a, B: Device> {
     F16(B::SliceMut<'a, f16>),
 }
 
-/// A buffer whose element is known at run time.
+/// A buffer whose element type is known at run time.
 pub enum AnyBuffer<B: Device> {
     /// f64 elements.
     F64(B::Buffer<f64>),
@@ -313,7 +314,7 @@ pub enum AnyBuffer<B: Device> {
     F16(B::Buffer<f16>),
 }
 
-/// Evaluates an expression with the element of a run-time view as a static type.
+/// Evaluates an expression with the element type of a run-time view as a static type.
 ///
 /// ```
 /// use shardwise::device::{AnyRef, Cpu, each_dtype};
@@ -341,7 +342,7 @@ impl<'a, B: Device> Clone for AnyRef<'a, B> {
 impl<'a, B: Device> Copy for AnyRef<'a, B> {}
 
 impl<'a, B: Device> AnyRef<'a, B> {
-    /// The element of the view.
+    /// The element type of the view.
     pub fn dtype(&self) -> DType {
         match self {
             Self::F64(_) => DType::F64,
@@ -361,14 +362,14 @@ impl<'a, B: Device> AnyRef<'a, B> {
         self.len() == 0
     }
 
-    /// Returns the view if `T` is its element, else `None`.
+    /// Returns the view if `T` is its element type, else `None`.
     pub fn of<T: Element>(self) -> Option<B::Slice<'a, T>> {
         T::of_ref::<B>(self)
     }
 }
 
 impl<'a, B: Device> AnyMut<'a, B> {
-    /// The element of the view.
+    /// The element type of the view.
     pub fn dtype(&self) -> DType {
         match self {
             Self::F64(_) => DType::F64,
@@ -398,7 +399,7 @@ impl<'a, B: Device> AnyMut<'a, B> {
         }
     }
 
-    /// Returns the view if `T` is its element, else `None`.
+    /// Returns the view if `T` is its element type, else `None`.
     pub fn of<T: Element>(self) -> Option<B::SliceMut<'a, T>> {
         T::of_mut::<B>(self)
     }
@@ -425,7 +426,7 @@ impl<B: Device> AnyBuffer<B> {
         }
     }
 
-    /// Returns the buffer if `T` is its element, else `None`.
+    /// Returns the buffer if `T` is its element type, else `None`.
     pub fn of<T: Element>(self) -> Option<B::Buffer<T>> {
         T::of_buffer::<B>(self)
     }
@@ -435,8 +436,8 @@ impl<B: Device> AnyBuffer<B> {
 mod tests {
     use super::*;
 
-    /// The numbers are halfway between two bf16 or f16, or slightly above or below. The conversions
-    /// of `half` round some of them in the wrong direction.
+    /// The tested numbers lie halfway between two neighbouring bf16 or f16, or slightly above or
+    /// below the midpoint. The conversions of `half` round some of them in the wrong direction.
     #[test]
     fn f64_is_rounded_once() {
         let little = 2f64.powi(-40);

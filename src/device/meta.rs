@@ -12,11 +12,12 @@ use std::{cell::Cell, fmt, marker::PhantomData, ops::Range, rc::Rc};
 /// group](crate::comm::Group::planned), it gives them for any rank of a group of any size, and the
 /// group records the rank's collectives.
 ///
-/// * Kernels check their operands as on every device, and fail with the same errors.
+/// * Kernels check their operands and fail with the same errors as on other devices.
 /// * Every download gives 0, whatever was uploaded or computed. Parameters are not read from their
 ///   source.
 /// * [`Device::memory`] counts tensors as [`Cpu`](super::Cpu) does. It also counts the temporaries
-///   of CPU kernels that are as large as a result, but not packed blocks and tiles of scores.
+///   of CPU kernels, if they are as large as a result. It does not count the packed blocks of
+///   products and the tiles of attention's scores.
 ///
 /// ```
 /// use shardwise::{Tensor, device::{Device, Meta}, kernels::Gemm};
@@ -255,7 +256,7 @@ mod tests {
         assert_eq!(x.to_vec().unwrap(), [0.0; 2]);
     }
 
-    /// A source whose only tensor is `w`, of which no element can be read.
+    /// A source whose only tensor is `w`. The elements of `w` cannot be read.
     struct Unreadable;
 
     impl WeightSource for Unreadable {

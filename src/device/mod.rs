@@ -1,10 +1,11 @@
-//! Devices, which hold tensors, and the elements of tensors. Kernels and all higher modules use
-//! them.
+//! Devices, which hold tensors, and the element types of tensors. Kernels and all higher modules
+//! use this module.
 //!
 //! A [`Device`] owns memory. It computes by the kernel families of [`crate::kernels`] that it
-//! implements. The element of a tensor is a type ([`Element`]). For a communicator's message or a
-//! checkpoint, the element is known only at run time. [`AnyRef`], [`AnyMut`] and [`AnyBuffer`] then
-//! carry the element as a value, and [`each_dtype!`] turns the value back into a type.
+//! implements. The element type of a tensor is a static type ([`Element`]). The element type of a
+//! communicator's message or of a tensor in a checkpoint is known only at run time. [`AnyRef`],
+//! [`AnyMut`] and [`AnyBuffer`] then carry it as a value, and [`each_dtype!`] turns the value back
+//! into a type.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -25,7 +26,7 @@ use std::{fmt, ops::Range};
 
 /// A device: memory for tensors, and views of it.
 ///
-/// A handle is cheap to clone. It belongs to one rank and is not `Send`.
+/// A handle is cheap to clone. Each handle belongs to one rank and is not `Send`.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -57,7 +58,7 @@ pub trait Device: Clone + fmt::Debug + 'static {
     fn empty<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
 
     /// Returns a buffer with the elements of a vector. A device that computes on host memory takes
-    /// over the vector's memory, and other devices copy it.
+    /// over the vector's memory, and other devices copy the elements.
     ///
     /// # Errors
     /// When there is not enough memory.
@@ -95,8 +96,8 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// Copies from the host. The caller has checked the lengths.
     fn upload<T: Element>(&self, from: &[T], to: Self::SliceMut<'_, T>) -> Result<()>;
 
-    /// Copies to the host when the device has finished all earlier work. The caller has checked the
-    /// lengths.
+    /// Waits until the device has finished all earlier work, then copies to the host. The caller
+    /// has checked the lengths.
     fn download<T: Element>(&self, from: Self::Slice<'_, T>, to: &mut [T]) -> Result<()>;
 
     /// Waits until the device has finished all earlier work.

@@ -1,7 +1,7 @@
 //! The mathematics on one device: a folder per kernel family, with the trait in `mod.rs` and one
 //! file per device.
 //!
-//! Methods are generic in the element, so that an operator needs a single bound, [`Backend`].
+//! Methods are generic in the element type, so that an operator needs a single bound, [`Backend`].
 //! Matrices are passed as views ([`MatRef`], [`MatMut`]). A view checks its extent when it is
 //! created. A kernel checks that its operands agree. If two sizes differ, the error names both.
 //!

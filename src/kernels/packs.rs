@@ -1,6 +1,6 @@
 //! How the CUDA kernels access matrices: in packs if all operands are aligned to their packs, else
-//! one element at a time. A pack has as many elements as 16 bytes hold of the operands' largest
-//! element.
+//! one element at a time. A pack has as many elements as fit in 16 bytes. Among operands of several
+//! element types, the largest type determines this number.
 
 use super::view::Dims;
 
@@ -47,7 +47,7 @@ impl AccessPlan {
         Self { packed, rows, cols, steps }
     }
 
-    /// The arguments that pass a plan to a kernel, which takes them first.
+    /// The arguments that pass a plan to a kernel. They come before the kernel's other arguments.
     pub(super) fn arguments(&self) -> [usize; 3] {
         [usize::from(self.packed), self.rows, self.cols]
     }

@@ -259,7 +259,7 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         B::shared(&self.data)
     }
 
-    /// The number of elements of the memory, counted from the matrix's first element.
+    /// The number of elements from the matrix's first element to the end of the memory.
     pub(crate) fn memory(&self) -> usize {
         B::len_mut(&self.data)
     }

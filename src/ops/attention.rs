@@ -33,7 +33,7 @@ pub struct AttentionContext<T: Element, B: Device> {
 ///
 /// let choices = AttentionChoices::CAUSAL;
 /// let heads = QkvHeads { kv_of_query: vec![0], kv_heads: 1, head_dim: 1, choices };
-/// // Two tokens with q = 0, so that all weights are equal, and v = 2, 6.
+/// // Two tokens with v = 2 and v = 6. All q are 0, so all weights are equal.
 /// let qkv = Tensor::<f32>::from_slice(&Cpu::new(), [2, 3], &[0.0, 5.0, 2.0, 0.0, 9.0, 6.0])?;
 /// let (out, _) = ops::attention(&heads, &qkv, &Sequences::packed([2]))?;
 /// assert_eq!(out.to_vec()?, [2.0, 4.0]);
@@ -158,8 +158,8 @@ pub fn append_to_cache<T: Element, B: Backend>(
     qkv.device().append_cached(&AttentionSpec { heads, sequences }, &spec, k, v, keys, values)
 }
 
-/// Attention of the queries of new tokens to a cache that already holds their keys and values: see
-/// [`crate::kernels::Attention::attention_cached`].
+/// Attention of the queries of new tokens to a cache that already holds the keys and values of
+/// these tokens: see [`crate::kernels::Attention::attention_cached`].
 ///
 /// # Errors
 /// When sizes disagree.

@@ -8,9 +8,9 @@ use crate::{
 };
 use std::ops::Range;
 
-/// Normalizes each head in the columns `columns` of x over its features and writes the result to y.
-/// Other columns of y do not change. Returns the statistics that the backward needs: `[heads ·
-/// rows, 2]`.
+/// Normalizes each head in the columns `columns` of x over the features of the head, and writes the
+/// result to y. Other columns of y do not change. Returns the statistics that the backward needs:
+/// `[heads · rows, 2]`.
 ///
 /// `x`, `y`: `[rows, features]`; `gamma`: `[head_dim]`.
 ///

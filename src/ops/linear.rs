@@ -9,8 +9,8 @@ use crate::{
     trace,
 };
 
-/// y = x wᵀ + b. With an activation f: pre = x wᵀ + b and y = f(pre). Then also returns pre, which
-/// the backward needs.
+/// y = x wᵀ + b. With an activation f: pre = x wᵀ + b and y = f(pre), and the function also returns
+/// pre, which the backward needs.
 ///
 /// `x`: `[…, in]`, `w`: `[out, in]`, `b`: `[out]`; `y`, `pre`: `[…, out]`.
 ///
@@ -50,8 +50,8 @@ pub fn linear<T: Element, B: Backend>(
     Ok((y, pre))
 }
 
-/// dx = dy w. With `through` = (f, pre), where x = f(pre), returns the gradient of pre, (dy w)
-/// f′(pre).
+/// dx = dy w. `through` = (f, pre) says that x = f(pre). The function then returns the gradient of
+/// pre, (dy w) f′(pre).
 ///
 /// # Errors
 /// When sizes disagree.
@@ -72,7 +72,7 @@ pub fn linear_dx<T: Element, B: Backend>(
     Ok(dx)
 }
 
-/// dw ← dyᵀ x + β dw and, if given, db ← Σ over the rows of dy, in the accumulator.
+/// dw ← dyᵀ x + β dw. If db is given, db ← Σ over the rows of dy. Both have the accumulator type.
 ///
 /// # Errors
 /// When sizes disagree.
@@ -88,7 +88,7 @@ pub fn linear_dw<T: Element, B: Backend>(
     })
 }
 
-/// Computes the product of each pair of matrices, several at a time if the device can.
+/// Computes the product of each pair of matrices. A device that can computes several at a time.
 ///
 /// # Errors
 /// When sizes disagree.
@@ -106,7 +106,7 @@ pub fn products<'a, T: Element, C: Element<Acc = T::Acc>, B: Backend>(
     Ok(results)
 }
 
-/// db = Σ over the rows of dy, in the accumulator.
+/// db = Σ over the rows of dy, in the accumulator type.
 ///
 /// # Errors
 /// When the device fails.

@@ -58,7 +58,7 @@ pub fn normalize<T: Element, B: Backend>(
     Ok((y, NormContext { x: x.clone(), stats }))
 }
 
-/// The gradients of x, γ and β. dγ and dβ are in the accumulator.
+/// The gradients of x, γ and β. dγ and dβ have the accumulator type.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -78,7 +78,7 @@ pub fn normalize_backward<T: Element, B: Backend>(
 type ParamGrads<A, B> = (Tensor<A, B>, Option<Tensor<A, B>>);
 
 /// The backward for a range of rows. Writes these rows of dx. Returns the contributions of these
-/// rows to dγ and dβ, in the accumulator.
+/// rows to dγ and dβ, in the accumulator type.
 ///
 /// # Errors
 /// When shapes disagree.

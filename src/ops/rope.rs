@@ -51,8 +51,8 @@ pub enum RopeScaling {
         /// The factor.
         factor: f64,
     },
-    /// Scales the base if the sequence length L exceeds the training length T, to base · (factor L
-    /// / T − (factor − 1))^(dim / (dim − 2)). L is the length of each sequence by itself. Cached
+    /// If the sequence length L exceeds the training length T, replaces the base by base · (factor
+    /// L / T − (factor − 1))^(dim / (dim − 2)). L is the length of each sequence by itself. Cached
     /// keys keep the frequencies of the step that computed them.
     DynamicNtk {
         /// The factor.
@@ -72,9 +72,10 @@ pub enum RopeScaling {
         /// The training length T.
         trained: usize,
     },
-    /// Divides the frequencies of slow pairs by the factor and keeps those of fast pairs, as Llama
-    /// 3.1. In between, interpolates linearly in the index of the pair. Also multiplies the rotated
-    /// features by `magnitude`, which sharpens the softmax (Peng et al., 2023: YaRN).
+    /// Divides the frequencies of slow pairs by the factor and keeps those of fast pairs, as
+    /// [`RopeScaling::Llama3`] does. For the pairs in between, interpolates linearly in the
+    /// index of the pair. Also multiplies the rotated features by `magnitude`, which sharpens the
+    /// softmax (Peng et al., 2023: YaRN).
     Yarn {
         /// The factor.
         factor: f64,

@@ -33,8 +33,9 @@ pub fn scale_rows<T: Element, B: Backend>(s: &Tensor<T, B>, x: &Tensor<T, B>) ->
     Ok(y)
 }
 
-/// sᵢ = Σⱼ aᵢⱼ bᵢⱼ, the dot product of each pair of rows, summed in the accumulator: `[rows]`. The
-/// backward is da = [`scale_rows`]`(ds, b)`, db = [`scale_rows`]`(ds, a)`.
+/// sᵢ = Σⱼ aᵢⱼ bᵢⱼ, the dot product of row i of a and row i of b: `[rows]`. The sums are computed
+/// in the accumulator type. The backward is da = [`scale_rows`]`(ds, b)`, db = [`scale_rows`]`(ds,
+/// a)`.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -45,12 +46,12 @@ pub fn dot_rows<T: Element, B: Backend>(a: &Tensor<T, B>, b: &Tensor<T, B>) -> R
     Ok(s)
 }
 
-/// yᵣ = Σ of xᵢ over all i with idsᵢ = r, in the accumulator: `[rows, features]`. This is the
-/// backward of [`Tensor::rows`], and `Tensor::rows` is the backward of this. Rows with id
+/// yᵣ = Σ of xᵢ over all i with idsᵢ = r: `[rows, features]`, in the accumulator type. This
+/// function and [`Tensor::rows`] are each other's backward. Rows with id
 /// [`NO_ROW`](crate::kernels::NO_ROW) are skipped.
 ///
 /// # Errors
-/// When another id is out of bounds, or x does not have one row per id.
+/// When an id other than `NO_ROW` is out of bounds, or x does not have one row per id.
 pub fn scatter_rows<T: Element, B: Backend>(
     device: &B,
     ids: &[u32],

@@ -8,7 +8,8 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The slice with the indices `range` of dimension `dim`. The backward is [`concat()`] with zeros.
+/// The slice with the indices `range` of dimension `dim`. The backward is the [`concat()`] of dy
+/// with zeros.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -41,7 +42,8 @@ pub fn slice<T: Element, B: Backend>(
     Ok(y)
 }
 
-/// Concatenates tensors along dimension `dim`. The backward is the [`slice()`] for each tensor.
+/// Concatenates tensors along dimension `dim`. The gradient of each tensor is its [`slice()`] of
+/// dy.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -54,7 +56,7 @@ pub fn slice<T: Element, B: Backend>(
 /// ```
 ///
 /// # Errors
-/// When there are no tensors, or their other dimensions differ.
+/// When there are no tensors, or they differ in a dimension other than `dim`.
 pub fn concat<T: Element, B: Backend>(tensors: &[&Tensor<T, B>], dim: usize) -> Result<Tensor<T, B>> {
     const OP: &str = "concat";
     let Some(first) = tensors.first() else { return Err(Error::invalid(OP, "no tensors")) };

@@ -90,9 +90,10 @@ impl Tree {
         self.owned.range(rank)
     }
 
-    /// The largest sub-trees whose leaves one rank owns, in order. The rank contributes one term
-    /// per sub-tree to a sum. A rank has at most two sub-trees per level of the tree, and one if
-    /// every rank owns the same power of two of leaves.
+    /// The largest sub-trees all of whose leaves the rank owns, in order. The rank contributes one
+    /// term per sub-tree to a sum. A rank has at most two sub-trees per level of the tree. If all
+    /// ranks own the same number of leaves, and this number is a power of two, each rank has a
+    /// single sub-tree.
     pub fn nodes(&self, rank: usize) -> Vec<Node> {
         let mut sum = TreeSum::new(self.leaves);
         for leaf in self.owned(rank) {
@@ -128,8 +129,8 @@ impl Tree {
     }
 }
 
-/// The sub-tree over the leaves `start .. start + 2^level` of a tree, without those beyond the last
-/// leaf.
+/// The sub-tree over the leaves `start .. start + 2^level` of a tree. The leaves beyond the tree's
+/// last leaf are left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
     start: usize,
@@ -147,7 +148,8 @@ impl Node {
     }
 }
 
-/// A sum along the tree over a number of leaves. The caller pushes sub-trees from left to right.
+/// A sum along the tree over a given number of leaves. The caller pushes sub-trees from left to
+/// right.
 #[derive(Clone, Debug)]
 pub struct TreeSum<X> {
     leaves: usize,
@@ -160,8 +162,8 @@ impl<X> TreeSum<X> {
         Self { leaves, nodes: Vec::new() }
     }
 
-    /// Pushes the next sub-tree and merges all siblings that are complete. `add(left, right)` must
-    /// add `right` to `left`.
+    /// Pushes the sum `value` of the next sub-tree. As long as the last two sub-trees are complete
+    /// siblings, replaces them by their parent. `add(left, right)` must add `right` to `left`.
     ///
     /// # Errors
     /// Those of `add`.
@@ -181,7 +183,8 @@ impl<X> TreeSum<X> {
         Ok(())
     }
 
-    /// Returns the sums of the largest sub-trees so far, from left to right.
+    /// Returns the sums of the largest sub-trees that the pushed sub-trees form, from left to
+    /// right.
     pub fn values(self) -> Vec<X> {
         self.nodes.into_iter().map(|(_, value)| value).collect()
     }

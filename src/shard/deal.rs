@@ -7,9 +7,9 @@ use std::ops::Range;
 /// as long as the shard has indices left. Returns, for each chunk, the range of indices that each
 /// shard contributes.
 ///
-/// So all shards contribute nearly as much to each chunk, as long as they have indices left. The
-/// ranges of one shard follow one another. The sizes of the chunks are those of `chunks`, whatever
-/// the partition is.
+/// So the shards contribute nearly equal numbers of indices to a chunk, as long as they have
+/// indices left. The range of a shard in one chunk begins where its range in the chunk before ends.
+/// The sizes of the chunks are those of `chunks`, whatever the partition is.
 pub(crate) fn deal(partition: &Partition, chunks: &Partition) -> Vec<Vec<Range<usize>>> {
     let dealt = |chunk: usize| {
         let bounds = chunks.range(chunk);

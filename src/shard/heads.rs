@@ -8,10 +8,10 @@ use std::ops::Range;
 ///
 /// Query head `h` attends with key/value head `h / (query_heads / kv_heads)`. A rank owns a
 /// contiguous range of *query* heads and holds every key/value head that they use. If a range ends
-/// between query heads of the same key/value head, neighbouring ranks hold that key/value head. Its
-/// gradient is the sum over its holders. Only its [`Heads::owner`] counts the head in gradient
-/// norms and saves it to checkpoints. This assignment covers even splits, replication when there
-/// are fewer key/value heads than ranks, and every case between.
+/// between query heads of the same key/value head, both neighbouring ranks hold this key/value
+/// head. The gradient of a key/value head is the sum over its holders. Only the [`Heads::owner`]
+/// counts the head in gradient norms and saves it to checkpoints. This assignment covers even
+/// splits, replication when there are fewer key/value heads than ranks, and every case between.
 ///
 /// If the query heads are partitioned by canonical blocks ([`super::Tree`]), the holders are the
 /// *blocks* instead of the ranks. A rank then has one copy of a head's keys and values for each of
@@ -107,7 +107,7 @@ impl Heads {
     }
 
     /// The query heads of each holder on a rank. The holders are the rank's canonical blocks if the
-    /// query heads are partitioned by blocks. Otherwise the rank is the only holder.
+    /// query heads are partitioned by blocks. Otherwise the rank itself is the only holder.
     pub fn query_ranges(&self, rank: usize) -> Vec<Range<usize>> {
         let own = self.query_range(rank);
         match self.query.blocks(rank) {
@@ -151,8 +151,8 @@ impl Heads {
         (0..rank).map(|rank| self.query_ranges(rank).len()).sum()
     }
 
-    /// Whether holder `holder` on a rank owns a key/value head. The owner of a head is its first
-    /// holder in rank order.
+    /// Whether the rank's holder number `holder` owns a key/value head. The owner of a head is its
+    /// first holder in rank order.
     pub fn owns(&self, rank: usize, holder: usize, kv_head: usize) -> bool {
         let first = self.all_kv_ranges().iter().position(|kv| kv.contains(&kv_head));
         first == Some(self.first_holder(rank) + holder)
@@ -183,7 +183,7 @@ impl Heads {
     }
 
     /// The partition of the ranks' `[q | k | v]` features, concatenated in rank order. A key/value
-    /// head occurs once for each holder.
+    /// head occurs as often as it has holders.
     pub fn qkv_features(&self) -> Partition {
         let heads = |rank: usize| self.query_range(rank).len() + 2 * self.local_kv_heads(rank).len();
         Partition::from_sizes((0..self.ranks()).map(|rank| heads(rank).saturating_mul(self.head_dim)))

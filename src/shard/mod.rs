@@ -6,8 +6,8 @@
 //! * [`Placement`] and its markers: how the ranks of a group hold one tensor.
 //! * [`Heads`]: the query heads that a rank computes, and the key/value heads that these query
 //!   heads use.
-//! * [`Reduction`], [`Tree`]: the order in which ranks add their results, which may be the same for
-//!   every number of ranks.
+//! * [`Reduction`], [`Tree`]: the order in which the results of the ranks are added. With
+//!   [`Reduction::Invariant`], the order does not depend on the number of ranks.
 //! * [`Mesh`]: ranks as points of a grid with named axes.
 //! * [`Sequences`]: the sequences in the rows of a `[tokens, features]` tensor.
 

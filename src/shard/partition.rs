@@ -6,9 +6,9 @@ use std::{ops::Range, sync::Arc};
 
 /// A dimension `0..len` divided into one contiguous range per rank. The ranges may differ in size.
 ///
-/// `range(r) = bounds[r] .. bounds[r + 1]`, with `bounds[0] = 0` and `bounds[shards] = len`.
-/// Boundaries saturate at `usize::MAX`, because no tensor has such a dimension. Clones share the
-/// boundaries.
+/// `range(r) = bounds[r] .. bounds[r + 1]`, with `bounds[0] = 0` and `bounds[shards] = len`. A
+/// boundary that overflows a usize becomes `usize::MAX`, because no tensor has such a long
+/// dimension. Clones share the boundaries.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Partition {
     bounds: Arc<[usize]>,
@@ -35,7 +35,7 @@ impl Partition {
     }
 
     /// Divides `units` indivisible units of `unit_len` indices each over `shards` ranks, as evenly
-    /// as whole units allow, at least one unit per rank.
+    /// as whole units allow. Each rank gets at least one unit.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -70,9 +70,9 @@ impl Partition {
         if costs.len() < shards || shards == 0 {
             return Err(Error::TooManyRanks { op, ranks: shards, units: costs.len(), unit });
         }
-        // Dynamic programming over the number of ranges. `best[i]` is the smallest possible largest
-        // cost of a range, if the first i items are divided into the ranges so far. `starts` has
-        // the item at which the last of these ranges begins.
+        // Dynamic programming over the number of ranges. `best[i]` is the cost of the most
+        // expensive range in the best division of the first i items into the ranges so far.
+        // `starts` has the item at which the last of these ranges begins.
         let sums: Vec<f64> = std::iter::once(0.0)
             .chain(costs.iter().scan(0.0, |sum, cost| {
                 *sum += cost;
@@ -163,7 +163,7 @@ impl Partition {
         Self { bounds: shrunk(&self.bounds), blocks: self.blocks.as_ref().map(shrunk) }
     }
 
-    /// The same partition, with the boundaries of its canonical blocks.
+    /// The same ranges, together with the boundaries of the canonical blocks that they consist of.
     pub(super) fn with_blocks(self, blocks: &Self) -> Self {
         Self { blocks: Some(blocks.bounds.clone()), ..self }
     }

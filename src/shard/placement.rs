@@ -1,9 +1,10 @@
 //! Placements as types: how the ranks of a group hold one tensor.
 //!
 //! The names follow PyTorch's `DTensor`. As in Megatron-LM's `mappings.py`, the placement of a
-//! value determines the placement of its gradient. One distinction is new. All ranks use a
-//! [`Replicated`] value in the same way, so its gradient is equal on every rank. Each rank uses a
-//! [`Copied`] value differently, so each rank has one term of its gradient.
+//! value determines the placement of its gradient. Only the distinction between [`Replicated`] and
+//! [`Copied`] is new. All ranks use a `Replicated` value in the same way, so its gradient is equal
+//! on every rank. Each rank uses a `Copied` value differently, so each rank has one term of its
+//! gradient.
 
 /// How the ranks of one group hold one tensor. The four markers of this module implement it.
 ///
@@ -80,8 +81,7 @@ impl Placement for Partial {
     const NAME: &'static str = "Partial";
 }
 
-/// The placements in which each rank's elements are final values, so that non-linear functions
-/// accept them.
+/// The placements that non-linear functions accept, because each rank's elements are final values.
 ///
 /// In general f(a + b) ≠ f(a) + f(b), so a [`Partial`] sum must be reduced before a non-linear f.
 /// Otherwise the program does not compile.

@@ -47,8 +47,8 @@ impl Sequences {
         Self { bounds: bounds.into(), valid: None, starts: None, cached: false }
     }
 
-    /// A batch of `[lengths.len(), width]` tokens and padding. Each sequence has `width` rows, of
-    /// which the first `length` are tokens.
+    /// A batch `[lengths.len(), width]` that is padded on the right. Each sequence has `width`
+    /// rows, of which the first `length` are tokens.
     ///
     /// # Errors
     /// When a length exceeds the width, or there is no memory for one flag per row.
@@ -80,8 +80,8 @@ impl Sequences {
     /// the number of its earlier tokens.
     ///
     /// # Errors
-    /// When there is not one start per sequence, or the start plus the number of rows exceeds 2³² −
-    /// 1.
+    /// When there is not one start per sequence, or a sequence's start plus its number of rows
+    /// exceeds 2³² − 1.
     pub fn starting_at(self, starts: &[usize]) -> Result<Self> {
         const OP: &str = "sequences";
         same_size(OP, "the number of starts", starts.len(), "the number of sequences", self.len())?;
@@ -113,8 +113,8 @@ impl Sequences {
     /// The position of every row in its sequence: the start of the sequence plus the number of
     /// tokens before the row.
     ///
-    /// Padding has the position of the next token. Padding after the last token counts as if it
-    /// were tokens.
+    /// The position of padding is that of the next token. Padding after the last token is counted
+    /// as if it were tokens.
     pub fn positions(&self) -> impl Iterator<Item = u32> + '_ {
         let positions = |(sequence, rows): (usize, Range<usize>)| {
             let mut next = self.start(sequence);
@@ -127,8 +127,8 @@ impl Sequences {
         self.iter().enumerate().flat_map(positions)
     }
 
-    /// The position after the last row of a sequence. A table of positions needs at least this
-    /// length.
+    /// The position after the last row of a sequence. A table of positions must be at least this
+    /// long.
     pub fn end(&self, sequence: usize) -> usize {
         let rows = self.bounds[sequence]..self.bounds[sequence + 1];
         match self.valid {
@@ -137,8 +137,9 @@ impl Sequences {
         }
     }
 
-    /// For each row of a sequence, whether the row advances the position. Tokens do, and so does
-    /// padding after the last token, but earlier padding does not. Without any token, all rows do.
+    /// For each row of a sequence, whether it adds 1 to the positions of later rows. Tokens do, and
+    /// so does padding after the last token. Padding before the last token does not. In a sequence
+    /// without tokens, all rows do.
     fn counted(&self, rows: Range<usize>) -> impl Iterator<Item = bool> + '_ {
         let valid = self.valid.as_ref().map(|valid| &valid[rows.clone()]);
         let last = valid.and_then(|valid| valid.iter().rposition(|&valid| valid));

@@ -52,8 +52,8 @@ impl Shape {
     /// The number of elements, checked before a tensor is allocated.
     ///
     /// # Errors
-    /// When the product of the nonzero dimensions overflows a usize. After a successful check, no
-    /// product of some of the dimensions overflows either.
+    /// When the product of the nonzero dimensions overflows a usize. If there is no error, the
+    /// product of any selection of the dimensions does not overflow either.
     pub(crate) fn checked_len(&self, op: &'static str) -> Result<usize> {
         let mut sizes = self.dims().iter().filter(|&&size| size > 0);
         match sizes.try_fold(1_usize, |product, &size| product.checked_mul(size)) {

@@ -1,4 +1,4 @@
-//! The free lists of the CPU's pool: one for each element, sorted by size class.
+//! The free lists of the CPU's pool: one list for each element type, sorted by size class.
 
 use half::{bf16, f16};
 use std::{cell::RefCell, collections::BTreeMap, sync::Arc};
@@ -12,7 +12,7 @@ pub struct FreeLists {
     pub(in super::super) f16: RefCell<FreeList<f16>>,
 }
 
-/// The vectors of one element that no tensor of the rank uses.
+/// The vectors of one element type that no tensor of the rank uses.
 #[derive(Debug)]
 pub struct FreeList<T> {
     /// Vectors that can be reused, by capacity.

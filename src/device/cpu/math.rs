@@ -1,10 +1,10 @@
-//! e^x, tanh and erf for f32, and conversions between elements. None branches, so that the compiler
-//! vectorizes them.
+//! e^x, tanh and erf for f32, and conversions between element types. None of these functions
+//! branches, so that the compiler vectorizes them.
 //!
-//! The coefficients of the polynomials are least-squares fits in f64, reweighted towards the
-//! minimax error and rounded to f32. A function with several ranges evaluates all of them and
-//! selects one result. No function uses a fused multiply-add, so that the bits are the same on
-//! every machine.
+//! The coefficients of the polynomials are least-squares fits in f64, rounded to f32. The weights
+//! of the fits were chosen so that the largest error is close to the smallest possible. A function
+//! with several ranges evaluates the formulas of all ranges and selects one result. No function
+//! uses a fused multiply-add, so that the bits are the same on every machine.
 
 use half::f16;
 
@@ -40,8 +40,8 @@ pub(in super::super) fn exp(x: f32) -> f32 {
     let n = shifted - ROUND;
     let r = clamped - n * HIGH - n * LOW;
     let p = polynomial(r, [1.0, 1.0, 0.5, 0.166_664_15, 0.041_666_083, 0.008_375_135, 0.001_395_606_2]);
-    // Multiplies by 2^n in two factors, because 2^n itself overflows at the top of the range and is
-    // subnormal at the bottom.
+    // Multiplies by two factors whose product is 2^n, because 2^n itself overflows for the largest
+    // n and is subnormal for the smallest.
     let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;
     p * power_of_two(half.clamp(-126, 127)) * power_of_two((n - half).clamp(-126, 127))
@@ -129,8 +129,9 @@ pub(in super::super) fn f32_from_f16(value: f16) -> f32 {
 pub(in super::super) fn f16_from_f32(value: f32) -> f16 {
     let bits = value.to_bits();
     let (sign, magnitude) = (bits >> 16 & 0x8000, bits & 0x7fff_ffff);
-    // Adds half a unit of the last kept bit, minus one if that bit is 0. The carry then rounds to
-    // the nearest, ties to even. From 65520 on, the carry gives the exponent of infinity.
+    // Adds half a unit of the last kept bit, or one less (0xfff) if the last kept bit is 0. The
+    // carry then rounds to the nearest, ties to even. From 65520 on, the carry gives the exponent
+    // of infinity.
     let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + (magnitude >> 13 & 1)) >> 13;
     // In f32, the unit in the last place of 0.5 is 2^-24, the unit of subnormal f16. So adding 0.5
     // rounds to a multiple of this unit.
@@ -156,8 +157,8 @@ mod tests {
 
     #[test]
     fn f16_rounds_to_the_nearest_and_ties_to_even() {
-        // Every f16 but the largest, the point halfway to the next one, and that point's
-        // neighbours.
+        // For every finite f16 but the largest: the midpoint between it and the next f16, and the
+        // two f32 next to the midpoint.
         for bits in 0..0x7bff_u16 {
             let [low, high] = [bits, bits + 1].map(f16::from_bits);
             let halfway = (f32_from_f16(low) + f32_from_f16(high)) / 2.0;

@@ -75,8 +75,8 @@ impl Pool {
 
     fn give_back<T: Element>(&self, data: Vec<T>) {
         self.live.set(self.live.get() - data.len() * size_of::<T>());
-        // `take` looks for size classes only. A vector of another capacity, which was adopted,
-        // would never be reused, so this frees it.
+        // An adopted vector may have a capacity that is not a size class. The pool would never
+        // reuse such a vector, so this frees it.
         if data.capacity() > 0 && data.capacity() == size_class(data.capacity()) {
             T::free_list(&self.free).borrow_mut().idle.entry(data.capacity()).or_default().push(data);
         }
@@ -111,8 +111,9 @@ impl Pool {
     }
 }
 
-/// The capacity of a buffer of `len` elements. It is at most an eighth, or 15 elements, more than
-/// `len`, so that similar sizes share memory.
+/// The capacity of a buffer of `len` elements. The capacity exceeds `len` by at most 15 elements or
+/// an eighth of `len`, whichever is more. So buffers of similar lengths can reuse each other's
+/// memory.
 fn size_class(len: usize) -> usize {
     let step = (len.checked_next_power_of_two().unwrap_or(usize::MAX) / 16).max(16);
     len.checked_next_multiple_of(step).unwrap_or(len)

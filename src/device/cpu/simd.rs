@@ -25,7 +25,7 @@ pub(crate) fn vectorized<K: Kernel>(f: K) -> K::Output {
 }
 
 /// As [`vectorized`], but compiled for AVX-512 if the processor has it. Use this only for loops
-/// that become faster, because the compiler makes another copy of each.
+/// that AVX-512 makes faster, because the compiler makes another copy of each loop.
 #[inline(always)]
 pub(crate) fn widest<K: Kernel>(f: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]

@@ -160,8 +160,8 @@ fn tiles<T: Element>(
     Ok(())
 }
 
-/// Contiguous rows in the accumulator. They are borrowed if the source has this layout and element,
-/// else copied.
+/// Contiguous rows of accumulator values. They are borrowed if the source's rows are contiguous and
+/// have the accumulator type, else copied.
 enum ContiguousRows<'a, A: Accumulator> {
     Borrowed(&'a [A]),
     Copied(CpuBuffer<A>),

@@ -1,13 +1,14 @@
 //! Attention on the CPU: multiplies each tile of queries with all keys that these queries may
 //! attend to.
 //!
-//! The kernels copy each head out of the fused projection and widen it to the accumulator, so that
-//! products run on short contiguous rows. They multiply a causal tile only with the keys up to its
-//! last query.
+//! The kernels copy each head out of the fused projection and widen it to the accumulator type, so
+//! that products run on short contiguous rows. In causal attention, they multiply a tile of queries
+//! only with the keys up to the tile's last query.
 //!
-//! Masked values must have no influence. Their weight is 0, but 0 · NaN and 0 · ∞ are NaN. So
-//! padding, and in the backward queries without visible keys, are copied as zeros. If a number is
-//! not finite, a causal tile has one query, which attends to every key that it is multiplied with.
+//! Masked values must have no influence. Their weight is 0, but 0 · NaN and 0 · ∞ are NaN. So the
+//! kernels copy padding as zeros. The backward also copies queries without visible keys as zeros.
+//! If a number is not finite, causal attention uses tiles of one query, because a single query
+//! attends to every key that it is multiplied with.
 
 use super::{
     Attention, AttentionSpec, CacheSpec, cached, check, check_append, check_cached,
@@ -272,7 +273,7 @@ fn tile_len<A: Accumulator>(spec: &AttentionSpec<'_>, factors: &[&[A]]) -> usize
 struct TileMask<'a> {
     /// The keys that at least one query of the tile attends to, as indices in the sequence.
     keys: Range<usize>,
-    /// The index of the tile's first query among those keys, if attention is causal.
+    /// The index in `keys` of the tile's first query, if attention is causal.
     causal: Option<usize>,
     /// The largest number of keys that one query attends to.
     window: usize,
@@ -316,8 +317,8 @@ impl<'a> TileMask<'a> {
     }
 }
 
-/// Copies one head of some rows to contiguous rows of the accumulator. Rows for which `takes_part`
-/// is false become 0.
+/// Copies one head of some rows to contiguous rows of accumulator values. Rows for which
+/// `takes_part` is false become 0.
 fn widened<T: Element>(
     cpu: &Cpu,
     from: MatRef<'_, T, Cpu>,

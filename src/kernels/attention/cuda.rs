@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// The number of keys in shared memory at a time, and of warps per block.
+/// The number of keys that are in shared memory at a time, and the number of warps per block.
 const KEYS: usize = 32;
 const WARPS: usize = 4;
 
@@ -26,7 +26,7 @@ struct Heads {
     /// The kernels of the forward, of the backward for the queries, and of the backward for the
     /// keys and values.
     kernels: [Kernel; 3],
-    /// The queries, or keys, per block.
+    /// The number of queries per block, or of keys in the backward for the keys and values.
     tile: usize,
 }
 

@@ -18,7 +18,8 @@ const RUN: usize = 16;
 /// The decoding kernel computes sequences of at most this many rows.
 pub(super) const MAX_ROWS: usize = 8;
 
-/// The least number of keys per span (the last may have fewer), and the most spans per sequence.
+/// The smallest number of keys per span (a sequence's last span may have fewer), and the largest
+/// number of spans per sequence.
 const SPAN: usize = 256;
 const SPANS: usize = 64;
 
@@ -74,7 +75,7 @@ pub(super) fn append<T: Element>(
 }
 
 /// [`super::Attention::attention_cached`], after its checks, for the sequences of at most
-/// [`MAX_ROWS`] rows. Skips longer sequences.
+/// [`MAX_ROWS`] rows. Skips all other sequences.
 pub(super) fn attention<T: Element>(
     cuda: &Cuda,
     spec: &AttentionSpec<'_>,
@@ -152,7 +153,7 @@ struct Plan {
     rows: Vec<i64>,
     /// The number of partial results, one per span, query and head.
     partials: usize,
-    /// The largest number of queries per sequence and key/value head.
+    /// The largest number of pairs (row, query head) that share a sequence and a key/value head.
     queries: usize,
 }
 

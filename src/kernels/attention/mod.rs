@@ -26,7 +26,7 @@ use crate::{
 ///
 /// let choices = AttentionChoices { window: Some(2), ..AttentionChoices::CAUSAL };
 /// let heads = QkvHeads { kv_of_query: vec![0], kv_heads: 1, head_dim: 1, choices };
-/// // Three tokens with q = k = 0, so that all weights are equal, and v = 2, 6, 10.
+/// // Three tokens with v = 2, 6, 10. All q and k are 0, so all weights are equal.
 /// let qkv = [0.0, 0.0, 2.0, 0.0, 0.0, 6.0, 0.0, 0.0, 10.0];
 /// let qkv = Tensor::<f32>::from_slice(&Cpu::new(), [3, 3], &qkv)?;
 /// let (out, _) = ops::attention(&heads, &qkv, &Sequences::packed([3]))?;
@@ -134,8 +134,8 @@ impl CacheSpec<'_> {
 /// For each sequence and query head h with key/value head g: P = softmax(scale Qₕ K_gᵀ) under the
 /// mask, Oₕ = P V_g (Vaswani et al., 2017). The output of a query without visible keys is 0. Masked
 /// values have no influence, even if they are NaN or ∞. The forward saves only log Σ e^score
-/// (`lse`). The backward recomputes P from it, tile by tile (Dao, 2023: FlashAttention-2, section
-/// 3.1).
+/// (`lse`). The backward recomputes P from `lse`, tile by tile (Dao, 2023: FlashAttention-2,
+/// section 3.1).
 ///
 /// Shapes: `q`, `out` and their gradients `[rows, heads · head_dim]`; `k`, `v` and their gradients
 /// `[rows, kv_heads · head_dim]`; `lse`: `[rows, heads]`. The heads lie side by side in the
@@ -224,7 +224,7 @@ pub trait Attention: Device {
     ) -> Result<()>;
 }
 
-/// The window argument of the CUDA kernels: at most 2⁴⁰, which also means that there is no window.
+/// The window argument of the CUDA kernels, at most 2⁴⁰. A window of 2⁴⁰ is the same as no window.
 #[cfg(feature = "cuda")]
 fn window(spec: &AttentionSpec<'_>) -> usize {
     spec.heads.choices.window.unwrap_or(usize::MAX).min(1 << 40)

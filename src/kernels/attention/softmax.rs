@@ -5,9 +5,9 @@ use crate::{
     kernels::lanes::{lane_max, lane_sum},
 };
 
-/// Softmax of one row in place. A column is visible if it is among the first `visible` and its flag
-/// in `valid`, if given, is true. Other columns become 0. Returns lse = log Σ e^x over the visible
-/// columns. Without visible columns lse is +∞, so that e^(x − lse) is 0.
+/// Softmax of one row in place. A column is visible if it is among the first `visible` and, where
+/// `valid` is given, its flag in `valid` is true. Other columns become 0. Returns lse = log Σ e^x
+/// over the visible columns. Without visible columns lse is +∞, so that e^(x − lse) is 0.
 #[inline(always)]
 pub(super) fn softmax_row<A: Accumulator>(row: &mut [A], visible: usize, valid: Option<&[bool]>) -> A {
     let (seen, hidden) = row.split_at_mut(visible);
@@ -32,7 +32,8 @@ pub(super) fn softmax_row<A: Accumulator>(row: &mut [A], visible: usize, valid: 
     for x in seen.iter_mut() {
         *x = *x * scale;
     }
-    // A visible NaN has made the whole row NaN. Masked elements must be 0, so this sets them again.
+    // A visible NaN has made the whole row NaN. Masked elements must be 0, so this sets them to 0
+    // again.
     #[allow(clippy::eq_op)]
     if let (Some(valid), true) = (valid, sum != sum) {
         for (x, &valid) in seen.iter_mut().zip(valid) {

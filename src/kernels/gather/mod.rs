@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result, same_size},
 };
 
-/// An index that selects no row, for table rows that another rank holds.
+/// An index that selects no row. It stands for a row of the table that another rank holds.
 pub const NO_ROW: u32 = u32::MAX;
 
 /// Gather of rows by index, and its transpose.

@@ -57,8 +57,8 @@ impl Gemm for Cpu {
     }
 
     /// Each partial sum is a block as large as a block of C, and stays in the L2 cache. If a term
-    /// has no products, or one that is not blocked, the products and sums are computed one after
-    /// another.
+    /// has no products, or has a product that is not blocked, the products and sums are computed
+    /// one after another.
     #[inline(never)]
     fn gemm_tree<T: Element>(
         &self,
@@ -169,10 +169,10 @@ impl Gemm for Cpu {
     }
 }
 
-/// C ← A B, then applies `epilogue`. If C is in the accumulator and the product is blocked on one
-/// thread, this applies `epilogue` to each block of C while the block is in the cache. Otherwise it
-/// applies `epilogue` once to all of C. What `epilogue` computes for a block must not depend on
-/// other blocks.
+/// C ← A B, then applies `epilogue`. If C has the accumulator type and the product is blocked on
+/// one thread, this applies `epilogue` to each block of C while the block is in the cache.
+/// Otherwise it applies `epilogue` a single time, to all of C. What `epilogue` computes for a block
+/// must not depend on other blocks.
 fn with_epilogue<T: Element>(
     cpu: &Cpu,
     (a, b): (MatRef<'_, T, Cpu>, MatRef<'_, T, Cpu>),
@@ -226,8 +226,8 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
         let c = T::Acc::of_mut::<Cpu>(C::any_mut::<Cpu>(c));
         return wide(cpu, steps, (alpha, beta), (c.unwrap_or_default(), cd), None);
     }
-    // C is narrower than the accumulator, so this sums in the accumulator and rounds each element
-    // once.
+    // The element type of C is narrower than the accumulator type. So this sums in the accumulator
+    // type and rounds each element at the end.
     let mut sums = cpu.empty::<T::Acc>(cd.rows * cd.cols.min(NC))?;
     let (alpha, keep) = (T::Acc::from_f64(alpha), T::Acc::from_f64(beta));
     for first in (0..cd.cols).step_by(NC) {
@@ -249,7 +249,7 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
     Ok(())
 }
 
-/// C ← α A B + β C with C in the accumulator, then the epilogue.
+/// C ← α A B + β C for a C of the accumulator type. Then applies the epilogue.
 fn wide<T: Element>(
     cpu: &Cpu,
     steps: &[Step<'_, T>],
@@ -257,7 +257,7 @@ fn wide<T: Element>(
     (c, cd): (&mut [T::Acc], Dims),
     epilogue: Option<&mut BlockEpilogue<'_>>,
 ) -> Result<()> {
-    /// Casts steps from `T` to `U`, which the caller knows to be the same element.
+    /// Casts steps from `T` to `U`, which the caller knows to be the same element type.
     fn of<'a, T: Element, U: Element>(steps: &[Step<'a, T>]) -> Vec<Step<'a, U>> {
         let same = |memory: &'a [T]| U::of_ref::<Cpu>(T::any_ref::<Cpu>(memory)).expect("the same element");
         steps.iter().map(|step| step.map(same)).collect()

@@ -228,7 +228,8 @@ impl<T: Element> Canonical<T> {
 /// α and β of a plain product A B.
 const PLAIN: (f64, f64) = (1.0, 0.0);
 
-/// A fused epilogue and its operands: see [`cuda::Epilogue`]. Column sums have the element of C.
+/// A fused epilogue and its operands: see [`cuda::Epilogue`]. Column sums have the element type of
+/// C.
 enum FusedEpilogue<'a, T: Element, C: Element> {
     Nothing,
     Bias(CudaSlice<'a, T>),
@@ -247,8 +248,8 @@ fn fuses<T: Element>(operands: &[Dims], result: Dims) -> bool {
         && column_major(result).is_some_and(|form| form.transposed)
 }
 
-/// Whether cuBLASLt can fuse this activation. It fuses the tanh approximation of GELU, which is
-/// accurate enough for 16-bit elements only, and needs an aligned `pre`.
+/// Whether cuBLASLt can fuse this activation. It fuses only the tanh approximation of GELU. The
+/// fused GELU is accurate enough for 16-bit elements only, and needs an aligned `pre`.
 fn gelu_fuses<T: Element>(f: Activation, pre: &MatRef<'_, T, Cuda>) -> bool {
     let aligned = pre.data().address().is_multiple_of(16);
     let rows = column_major(pre.dims()).is_some_and(|form| form.transposed && form.leading.is_multiple_of(8));
@@ -410,7 +411,8 @@ impl Cuda {
         Ok(())
     }
 
-    /// Computes the product into a contiguous result in the accumulator, then converts it.
+    /// Computes the product into a contiguous result of the accumulator type, then converts the
+    /// result.
     fn gemm_via_accumulator<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         alpha: f64,

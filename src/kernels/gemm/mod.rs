@@ -47,7 +47,7 @@ pub struct Product<'a, 'c, T: Element, C: Element, B: Device> {
 pub struct GemmTerm<'a, T: Element, B: Device> {
     /// The products A B that make up the term, added from left to right.
     pub products: Vec<(MatRef<'a, T, B>, MatRef<'a, T, B>)>,
-    /// The number of additions of topmost sums after this term: see [`Gemm::gemm_tree`].
+    /// How often the two topmost sums are added after this term: see [`Gemm::gemm_tree`].
     pub merges: usize,
 }
 
@@ -68,7 +68,7 @@ pub struct GemmTerm<'a, T: Element, B: Device> {
 pub struct Epilogue<'b, 'p, T: Element, B: Device> {
     /// bias, added to each row of the product: `[out]`.
     pub bias: Option<B::Slice<'b, T>>,
-    /// f, and the matrix to store pre in, which the backward needs.
+    /// f, and the matrix in which to store pre for the backward.
     pub activation: Option<(Activation, MatMut<'p, T, B>)>,
 }
 
@@ -93,8 +93,8 @@ pub trait Gemm: Device {
     ///
     /// * `a`: `[m, k]`, `b`: `[k, n]`, `c`: `[m, n]`: the first matrices of the batch, with any
     ///   strides. A transposed operand is a view with exchanged strides.
-    /// * Sums are kept in the accumulator of `T`. `C` is `T` or another element with the same
-    ///   accumulator. For example, gradients of bf16 weights are summed in f32.
+    /// * Sums are kept in the accumulator type of `T`. `C` is `T` or another element type with the
+    ///   same accumulator type. For example, gradients of bf16 weights are summed in f32.
     /// * The results of a batch must not share elements.
     /// * If β = 0, C is not read, so its previous values, NaN included, have no effect.
     ///
@@ -116,7 +116,8 @@ pub trait Gemm: Device {
     /// `x`: `[tokens, in]`, `w`: `[out, in]`, `y`: `[tokens, out]`.
     ///
     /// # Errors
-    /// As [`Gemm::gemm`], and when the bias or pre does not have the size of y.
+    /// As [`Gemm::gemm`]. Also when the bias does not have one element per column of y, or the
+    /// dimensions of pre and y differ.
     fn linear<T: Element>(
         &self,
         x: MatRef<'_, T, Self>,
@@ -142,8 +143,8 @@ pub trait Gemm: Device {
     where
         Self: Pointwise;
 
-    /// dw ← dyᵀ x + β dw and db ← the column sums of dy, in the accumulator. Devices that can read
-    /// dy only once do so.
+    /// dw ← dyᵀ x + β dw and db ← the column sums of dy, both of the accumulator type. A device
+    /// that can compute both in one pass over dy does so.
     ///
     /// # Errors
     /// As [`Gemm::gemm`], and when db does not have one element per column of dy.
@@ -162,8 +163,9 @@ pub trait Gemm: Device {
         db.map_or(Ok(()), |db| self.sum_rows::<T>(dy, db))
     }
 
-    /// [`Gemm::gemm`] with α = 1 for a block of a product. The bits depend on the elements, the
-    /// dimensions and which operands are transposed, but not on the addresses or the row strides.
+    /// [`Gemm::gemm`] with α = 1 for a block of a product. The bits depend on the elements, on the
+    /// dimensions and on which operands are transposed, but not on the addresses or the row
+    /// strides.
     ///
     /// # Errors
     /// As [`Gemm::gemm`].
@@ -177,18 +179,18 @@ pub trait Gemm: Device {
         self.gemm(1.0, a, b, beta, c)
     }
 
-    /// Whether splitting a product of depth 2 or more by rows of A or columns of B leaves the bits
-    /// of every element unchanged, wherever the operands lie in memory. The CPU sums products with
-    /// at most 8 rows of a row-major A in another order, so there a split must not cross that
-    /// limit.
+    /// Whether a product of depth 2 or more can be split by rows of A or columns of B without a
+    /// change to the bits of any element, wherever the operands lie in memory. The CPU sums
+    /// products with at most 8 rows of a row-major A in another order than products with more rows,
+    /// so there a split must not cross that limit.
     fn splits_exactly(&self) -> bool {
         false
     }
 
-    /// C ← a sum of terms along a reduction tree, in the accumulator.
+    /// C ← a sum of terms along a reduction tree, in the accumulator type.
     ///
-    /// The partial sums form a stack. Each term is pushed onto the stack. Then the two topmost sums
-    /// are replaced by their sum, `merges` times, where the lower sum is the left operand. For
+    /// The partial sums form a stack. Each term is pushed onto the stack. Then, `merges` times, the
+    /// two topmost sums are replaced by their sum, where the lower sum is the left operand. For
     /// example, ((t₀ + t₁) + t₂) has terms with 0, 1 and 1 merges. One sum must remain at the end.
     ///
     /// A term without products, or whose products have depth 0, is 0. The bits are those of

@@ -25,7 +25,7 @@ pub struct Targets<'a> {
     pub classes: &'a [u32],
     /// The ignored class. Rows with this target have loss 0.
     pub ignored: Option<u32>,
-    /// The number of all classes.
+    /// The number of classes, including those that other ranks hold.
     pub count: usize,
     /// The class of the first column. A rank may hold a range of the classes.
     pub first: usize,
@@ -51,13 +51,13 @@ impl Targets<'_> {
     }
 }
 
-/// Losses. Sums are kept in the accumulator and do not overflow for finite logits.
+/// Losses. Sums are kept in the accumulator type and do not overflow for finite logits.
 ///
 /// A cross entropy over classes that are sharded over ranks takes four steps, with a reduction
 /// after each of the first two: [`Loss::row_max`], [`Loss::exp_sums`], [`Loss::cross_entropy`],
 /// [`Loss::cross_entropy_backward`] (Megatron-LM, `VocabParallelCrossEntropy`).
 pub trait Loss: Device {
-    /// max ← the maximum of each row: −∞ of an empty row, NaN if an element is NaN.
+    /// max ← the maximum of each row: −∞ if the row is empty, NaN if an element is NaN.
     ///
     /// # Errors
     /// When sizes disagree.
@@ -97,9 +97,9 @@ pub trait Loss: Device {
     /// dx ← scale · ∂(Σ over rows of L)/∂x = scale · (p (1 + 2 z lse) − q), with p = e^((x − m) −
     /// log) and lse = m + log. dx of ignored rows is 0.
     ///
-    /// m and `log` are separate arguments because of logits with a large common offset. There, the
-    /// rounding error of lse = m + log is so large that e^(x − lse) is not a probability. The
-    /// difference x − m is exact.
+    /// m and `log` are separate arguments because of logits with a large common offset. For such
+    /// logits, the rounding error of lse = m + log is so large that e^(x − lse) is not a
+    /// probability. The difference x − m is exact.
     ///
     /// # Errors
     /// When sizes disagree, or a target is not a class.

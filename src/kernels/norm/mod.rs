@@ -52,8 +52,8 @@ impl NormKind {
     }
 }
 
-/// Row normalization. The statistics are computed in the accumulator, the variance in a second pass
-/// over the row.
+/// Row normalization. The statistics are computed in the accumulator type. The variance is computed
+/// in a second pass over the row.
 pub trait Norm: Device {
     /// y ← norm(x), row by row.
     ///

@@ -349,9 +349,9 @@ impl Cuda {
         }
     }
 
-    /// to ← the reduction of `ranks` consecutive terms, in rank order and in the accumulator. `how`
-    /// is 0 for the sum, 1 for the maximum and 2 for the minimum. A result is NaN if one of its
-    /// terms is NaN.
+    /// to ← the reduction of `ranks` consecutive terms, in rank order and in the accumulator type.
+    /// `how` is 0 for the sum, 1 for the maximum and 2 for the minimum. A result is NaN if one of
+    /// its terms is NaN.
     #[cfg(feature = "nccl")]
     pub(crate) fn combine<T: Element>(
         &self,

@@ -108,7 +108,7 @@ pub trait Pointwise: Device {
         y: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// sᵢ ← Σⱼ aᵢⱼ bᵢⱼ, summed in the accumulator; `s` has one element per row.
+    /// sᵢ ← Σⱼ aᵢⱼ bᵢⱼ, summed in the accumulator type; `s` has one element per row.
     fn dot_rows<T: Element>(
         &self,
         a: MatRef<'_, T, Self>,
@@ -116,7 +116,7 @@ pub trait Pointwise: Device {
         s: Self::SliceMut<'_, T>,
     ) -> Result<()>;
 
-    /// y ← y + x, in the accumulator.
+    /// y ← y + x, computed in the accumulator type.
     fn accumulate<T: Element, Y: Element<Acc = T::Acc>>(
         &self,
         x: MatRef<'_, T, Self>,
@@ -126,10 +126,10 @@ pub trait Pointwise: Device {
     /// yᵢⱼ ← yᵢⱼ + biasⱼ; `bias` has one element per column.
     fn add_bias<T: Element>(&self, bias: Self::Slice<'_, T>, y: MatMut<'_, T, Self>) -> Result<()>;
 
-    /// sums ← Σ over the rows of x, in the accumulator: the gradient of a bias.
+    /// sums ← Σ over the rows of x, in the accumulator type: the gradient of a bias.
     fn sum_rows<T: Element>(&self, x: MatRef<'_, T, Self>, sums: Self::SliceMut<'_, T::Acc>) -> Result<()>;
 
-    /// y ← x, converted to the element of y.
+    /// y ← x, converted to the element type of y.
     fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()>;
 
     /// y ← α y.

@@ -14,7 +14,7 @@ use crate::{
     },
 };
 
-/// The number of threads that keep a GPU busy. If one thread for all heads of a row gives fewer,
+/// The number of threads that keep a GPU busy. If one thread per row gives fewer threads than this,
 /// the heads of a row are divided among several threads.
 const THREADS: usize = 1 << 16;
 
@@ -29,8 +29,9 @@ impl Rope for Cuda {
         check(spec, positions.len(), &x)?;
         let (rows, pairs, heads) = (x.rows(), spec.frequencies.len(), x.cols() / spec.head_dim);
         let sx = x.dims().row_stride;
-        // The plan counts each head as a row. Packs need aligned rows of x and aligned heads, so x
-        // is an operand twice, with both strides.
+        // The plan counts each head as a row. Packs need aligned rows of x and aligned heads. So
+        // the plan gets x as two operands, one with the stride of a row and one with the stride of
+        // a head.
         let of_heads = Operand { dims: Dims { row_stride: spec.head_dim, ..x.dims() }, ..x.operand() };
         let access = AccessPlan::by_rows(&[x.operand(), of_heads], rows * heads, pairs);
         let x = x.into_data();

@@ -56,11 +56,11 @@ impl AdamWStep {
     }
 }
 
-/// Updates of weights, computed in the accumulator.
+/// Updates of weights, computed in the accumulator type.
 ///
-/// The optional `master` is the weight in the accumulator. The step updates `master`, and `weight`
-/// becomes its rounding. Without `master`, the weight is widened, updated and rounded. All slices
-/// of a call have the same length.
+/// The optional `master` is the weight in the accumulator type. The step updates `master` and
+/// rounds it to `weight`. Without `master`, the step widens, updates and rounds the weight. All
+/// slices of a call have the same length.
 pub trait Update: Device {
     /// With g ← scale · grad + decay · w: v ← momentum · v + g, then w ← w − lr · (g + momentum · v
     /// if Nesterov, else v). Without a velocity, w ← w − lr · g. (Sutskever et al., 2013, in

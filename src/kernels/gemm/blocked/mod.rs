@@ -59,8 +59,8 @@ pub(super) const NC: usize = 960;
 /// The largest number of rows of a block of C: a multiple of [`MC`].
 const C_ROWS: usize = 8 * MC;
 
-/// The number of elements that a block of C and its partial sums should have at most. In f32, they
-/// fit an L2 cache of 2 MiB together with the blocks of A and B.
+/// The largest number of elements that a block of C and its partial sums should have together. In
+/// f32, so many elements fit an L2 cache of 2 MiB together with the blocks of A and B.
 const C_BLOCK: usize = 192 << 10;
 
 /// The largest depth at which writing C takes longer than computing its sums.
@@ -392,8 +392,8 @@ mod tests {
         }
     }
 
-    /// Compares a product of several blocks with the product of its first rows alone, which has
-    /// other blocks.
+    /// Compares a product of several blocks with the product of its first rows alone, which is
+    /// divided into blocks differently.
     #[test]
     fn an_element_has_the_same_bits_however_a_product_is_split() {
         let stream = Philox::named(2, "numbers");

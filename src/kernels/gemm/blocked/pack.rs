@@ -10,7 +10,7 @@ use crate::{
     kernels::view::Dims,
 };
 
-/// Packs a block of A by rows, each in [`KC`] elements. Zero rows complete the last tile.
+/// Packs a block of A by rows, with [`KC`] elements for each row. Zero rows complete the last tile.
 #[inline(always)]
 pub(super) fn pack_rows<T: Element, const MR: usize>(
     (a, dims): (&[T], Dims),

@@ -19,8 +19,8 @@ pub(in super::super) struct Step<'a, T> {
     pub(super) level: usize,
     /// Whether the sums are added to that level. If not, they replace it.
     pub(super) accumulates: bool,
-    /// The number of levels below that are added to the sums of this step, the nearest first. The
-    /// result goes to the lowest of these levels.
+    /// The number of levels below `level` that are added to the sums of this step, the nearest
+    /// level first. The result goes to the lowest of these levels.
     pub(super) merges: usize,
 }
 
@@ -46,7 +46,7 @@ impl<'a, T> Step<'a, T> {
         self.a.1.col_stride == 1
     }
 
-    /// The same step with another type of element, to which `f` casts the memory of A and B.
+    /// The same step with another element type, to which `f` casts the memory of A and B.
     pub(in super::super) fn map<U>(&self, f: impl Fn(&'a [T]) -> &'a [U]) -> Step<'a, U> {
         let Self { a, b, level, accumulates, merges } = *self;
         Step { a: (f(a.0), a.1), b: (f(b.0), b.1), level, accumulates, merges }
@@ -113,7 +113,7 @@ pub(super) struct Loops {
     /// The number of columns of a block of B and C. Unless `shallow`, the block of C and the
     /// partial sums then stay in L2, where every step accumulates.
     pub(super) cols: usize,
-    /// The number of partial sums apart from C.
+    /// The number of partial sums, not counting the block of C.
     partials: usize,
 }
 
@@ -137,8 +137,8 @@ impl Loops {
     }
 }
 
-/// The number of accumulator elements of each workspace: for packed blocks of A, for packed blocks
-/// of B, and for partial sums.
+/// The number of accumulator values in each workspace: for packed blocks of A, for packed blocks of
+/// B, and for partial sums.
 pub(in super::super) fn workspace<T>(steps: &[Step<'_, T>], c: Dims) -> [usize; 3] {
     let loops = Loops::of(steps, c);
     let (times, rows) = if loops.keeps_a { (steps.len(), c.rows.min(C_ROWS)) } else { (1, c.rows.min(MC)) };

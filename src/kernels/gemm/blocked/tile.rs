@@ -89,7 +89,7 @@ pub(super) fn sums_by_columns<S: Vector, const MR: usize>(
 /// sums ← sums + a bᵀ, where `a(row)` is A's element in that row, broadcast to every SIMD lane.
 ///
 /// The inner loop uses indices, because `Zip::new` is not `#[inline]`. Without link-time
-/// optimization it would be a call, which moves the sums out of the registers.
+/// optimization `Zip::new` would be a call, which moves the sums out of the registers.
 #[inline(always)]
 fn add_products<S: Vector, const MR: usize>(sums: &mut [[S; V]; MR], a: impl Fn(usize) -> S, b: &[S; V]) {
     for (row, sums) in sums.iter_mut().enumerate() {
@@ -141,9 +141,9 @@ pub(super) fn store<S: Vector, const MR: usize>(
     }
 }
 
-/// Stores the sums of a step that merges levels of the stack. Adds to α · sums the step's own
-/// level, if it accumulates, and then the `merges` levels below, the nearest first. The result goes
-/// to the lowest of these levels.
+/// Stores the sums of a step that merges levels of the stack. Multiplies the sums by α, adds the
+/// step's own level if the step accumulates, and then adds the `merges` levels below, the nearest
+/// level first. The result goes to the lowest of these levels.
 #[inline(always)]
 pub(super) fn merge<S: Vector, T, const MR: usize>(
     mut sums: [[S; V]; MR],

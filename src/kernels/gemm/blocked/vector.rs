@@ -349,7 +349,7 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::{is_x86_feature_detected, x86_64::*};
-            // SAFETY: each vector type is made after its instructions were detected.
+            // SAFETY: each vector is created after the instructions of its type were detected.
             #[allow(unsafe_code)]
             unsafe {
                 if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
