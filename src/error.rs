@@ -43,11 +43,11 @@ pub enum Error {
         op: &'static str,
         /// The name of the first operand.
         left: String,
-        /// The operand's shape.
+        /// The shape of the first operand.
         left_shape: Vec<usize>,
         /// The name of the second operand.
         right: String,
-        /// The operand's shape.
+        /// The shape of the second operand.
         right_shape: Vec<usize>,
     },
     /// A dimension has fewer indivisible units than there are ranks to share them.
@@ -122,7 +122,7 @@ pub enum Error {
         reason: LostReason,
         /// The operation in which this rank waited, or which this rank was about to start.
         op: &'static str,
-        /// The sequence number of that call.
+        /// The sequence number of this rank's call.
         seq: u64,
         /// The name of the group.
         group: String,
@@ -136,9 +136,9 @@ pub enum Error {
     Deadline {
         /// The ranks that had not joined.
         missing: Vec<usize>,
-        /// The operation in which the rank waited.
+        /// The operation in which a rank waited.
         op: &'static str,
-        /// The sequence number of that call.
+        /// The sequence number of the waiting rank's call.
         seq: u64,
         /// The name of the group.
         group: String,

@@ -3,10 +3,10 @@
 //! single-device reference.
 //!
 //! In a column-parallel layer, each rank computes a shard of the output features. In a row-parallel
-//! layer, each rank multiplies a shard of the input features, and an all-reduce adds the ranks'
-//! products. With sequence parallelism, an all-gather and a reduce-scatter replace the all-reduce.
-//! The placement of a tensor is part of its type, so that a program does not compile if it applies
-//! a non-linear function to an unreduced sum.
+//! layer, each rank multiplies a shard of the input features by its shard of the weight, and an
+//! all-reduce adds the ranks' products. With sequence parallelism, an all-gather and a
+//! reduce-scatter replace the all-reduce. The placement of a tensor is part of its type, so that a
+//! program does not compile if it applies a non-linear function to an unreduced sum.
 //!
 //! ```
 //! use shardwise::prelude::*;
@@ -32,7 +32,7 @@
 //! | module | contents | builds on |
 //! |---|---|---|
 //! | [`shard`] | the arithmetic of partitions, placements, heads, blocks and meshes | nothing |
-//! | [`device`] | elements and memory | nothing |
+//! | [`device`] | element types and memory | nothing |
 //! | [`kernels`] | the computations on one device, one folder per family | devices |
 //! | [`tensor`] | tensors, parameters, sources of weights | kernels |
 //! | [`ops`] | operators on tensors of one rank | tensors |
@@ -41,7 +41,7 @@
 //! | [`parallel`] | sharded tensors and layers: **start here** | operators and groups |
 //! | [`optim`] | optimizers, gradient norms, loss scales, learning rates | parameters |
 //! | [`train`] | data parallelism, pipelines, checks | layers and groups |
-//! | [`trace`] | the flight recorder: the last operations of each rank | elements and errors |
+//! | [`trace`] | the flight recorder: the last operations of each rank | element types and errors |
 //! | [`weights`] | Hugging Face checkpoints; each rank reads only its shards | tensors |
 //! | [`prelude`] | the names that most programs use | all |
 //! | [`models`] | Llama, Mistral, Qwen, GPT-2 and BERT from checkpoints | layers and checkpoints |

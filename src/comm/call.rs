@@ -51,7 +51,7 @@ impl Op {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ReduceOp {
-    /// The sum, in rank order, in the element's accumulator.
+    /// The sum. The terms are added in rank order, as values of the accumulator type.
     #[default]
     Sum,
     /// The maximum; NaN if any value is NaN.
@@ -93,7 +93,7 @@ pub struct Call {
     pub partition: u64,
     /// A hash of the calls since the last comparison; 0 if the ranks compare every call.
     pub history: u64,
-    /// The group's id, the same on all its ranks and different from every other group's.
+    /// The group's id: all ranks of the group have this id, and no other group has it.
     pub group: u64,
     /// The numbers of messages that this rank has sent and received in the group.
     pub messages: [u64; 2],
@@ -134,8 +134,8 @@ impl Call {
         Operation { op, started, reduce, root, dtype, shape, partition, call, site }
     }
 
-    /// Returns the disagreement between the calls of all ranks, given in rank order. There is one
-    /// if calls differ, or if a message was sent and not received.
+    /// Returns a mismatch if `calls`, the calls of all ranks in rank order, differ. Also if a
+    /// message was sent and not received.
     pub fn disagreement<'a>(calls: impl Iterator<Item = &'a Self> + Clone) -> Option<Mismatch> {
         let left = calls.clone().next()?;
         match calls.clone().enumerate().find(|(_, call)| !left.agrees(call)) {
@@ -146,10 +146,10 @@ impl Call {
         }
     }
 
-    /// Returns a mismatch if some message was sent and not received. `messages` are the numbers of
-    /// messages that each rank had sent and received before this call, in rank order. The mismatch
-    /// names the ranks with the largest and the smallest excess of sent over received messages. A
-    /// started call is not checked, because messages may be pending while it runs.
+    /// Returns a mismatch if some message was sent and not received. For each rank, in rank order,
+    /// `messages` has the numbers of messages that the rank had sent and received before this call.
+    /// The mismatch names the ranks with the largest and the smallest excess of sent over received
+    /// messages. A started call is not checked, because messages may be pending while it runs.
     pub(crate) fn unreceived(&self, messages: impl Iterator<Item = [u64; 2]> + Clone) -> Option<Mismatch> {
         let excess = |[sent, received]: [u64; 2]| i128::from(sent) - i128::from(received);
         if self.started || messages.clone().map(excess).sum::<i128>() == 0 {

@@ -48,8 +48,8 @@ impl<B: Pointwise> Group<B> {
     /// ```
     ///
     /// # Errors
-    /// When `x` does not have this rank's size in the partition, a rank calls something else, or is
-    /// lost.
+    /// When `x` does not have this rank's size in the partition, or when a rank calls something
+    /// else or is lost.
     #[track_caller]
     pub fn all_gather<T: Element>(
         &self,
@@ -77,7 +77,8 @@ impl<B: Pointwise> Group<B> {
     /// ```
     ///
     /// # Errors
-    /// When the partition does not fit x's dimension, a rank calls something else, or is lost.
+    /// When the partition does not fit x's dimension, or when a rank calls something else or is
+    /// lost.
     #[track_caller]
     pub fn reduce_scatter<T: Element>(
         &self,
@@ -96,7 +97,7 @@ impl<B: Pointwise> Group<B> {
     /// x ← the x of rank `root`.
     ///
     /// # Errors
-    /// When there is no such root, a rank calls something else, or is lost.
+    /// When there is no such root, or when a rank calls something else or is lost.
     #[track_caller]
     pub fn broadcast<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
         self.check_rank("broadcast", root)?;
@@ -119,7 +120,8 @@ impl<B: Pointwise> Group<B> {
     /// rank that ends without receiving a message gets an error.
     ///
     /// # Errors
-    /// When there is no such rank, the message has another element or shape, or a rank is lost.
+    /// When there is no such rank, when the message has an unexpected element type or shape, or
+    /// when a rank is lost.
     #[track_caller]
     pub fn exchange<T: Element>(
         &self,
@@ -130,7 +132,8 @@ impl<B: Pointwise> Group<B> {
             self.check_rank("exchange", peer)?;
         }
         // An exchange takes no sequence number, because not every rank of the group calls it. When
-        // the message arrives, the receiver compares its element and shape with the expected ones.
+        // the message arrives, the receiver compares its element type and shape with the expected
+        // ones.
         let call = Call { dtype: Some(T::DTYPE), ..self.call_between(Op::Exchange) };
         let mut arrived = match recv {
             Some((_, shape)) => Some(Tensor::empty(self.device(), shape)?),

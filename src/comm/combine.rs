@@ -8,7 +8,8 @@ use std::ops::Range;
 /// The number of elements reduced at a time. Their accumulators fit into the L1 cache.
 pub(super) const BLOCK: usize = 1024;
 
-/// recv ← the shards of all ranks, concatenated. `shard(r)` is rank r's `[rows, size(r)]`.
+/// recv ← the shards of all ranks, concatenated. `shard(r)` is the shard of rank r,
+/// `[rows, size(r)]`.
 pub(super) fn gather<'a, T: Element>(shards: &Shards, shard: impl Fn(usize) -> &'a [T], recv: &mut [T]) {
     let total = shards.partition.total();
     for rank in 0..shards.partition.shards() {
@@ -20,7 +21,7 @@ pub(super) fn gather<'a, T: Element>(shards: &Shards, shard: impl Fn(usize) -> &
     }
 }
 
-/// recv ← rank `rank`'s shard of the reduction. `whole(r)` is rank r's `[rows, total]`.
+/// recv ← rank `rank`'s shard of the reduction. `whole(r)` is the input of rank r, `[rows, total]`.
 pub(super) fn reduce_shard<'a, T: Element>(
     op: ReduceOp,
     shards: &Shards,
@@ -53,7 +54,7 @@ pub(super) fn reduce<'a, T: Element>(
     }
 }
 
-/// to ← the first `to.len()` sums, rounded to the element.
+/// to ← the first `to.len()` sums, rounded to the element type.
 pub(super) fn store<T: Element>(sums: &[T::Acc; BLOCK], to: &mut [T]) {
     vectorized(|| {
         for (to, sum) in to.iter_mut().zip(sums) {
@@ -62,9 +63,9 @@ pub(super) fn store<T: Element>(sums: &[T::Acc; BLOCK], to: &mut [T]) {
     });
 }
 
-/// sums[..range.len()] ← the reduction of `from(rank)[range]` over `ranks` ranks, in rank order, in
-/// the accumulator. `from` is a trait object, so that the loops are compiled only once for each
-/// element and `op`.
+/// sums[..range.len()] ← the reduction of `from(rank)[range]` over `ranks` ranks. It adds in rank
+/// order, as values of the accumulator type. `from` is a trait object, so that the loops are
+/// compiled only once for each element type and `op`.
 pub(super) fn reduce_block<'a, T: Element>(
     op: ReduceOp,
     ranks: usize,
@@ -90,7 +91,7 @@ fn fold<'a, T: Element>(
     let sums = &mut sums[..range.len()];
     let input = |rank| &from(rank)[range.clone()];
     // One closure per loop, because compilers inline only small closures into the function that
-    // `vectorized` compiles for wider instructions.
+    // `vectorized` compiles for wide vector instructions.
     let first = input(0);
     if ranks == 1 {
         vectorized(|| {

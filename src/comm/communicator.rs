@@ -12,8 +12,8 @@ use std::time::Duration;
 ///
 /// The trait is object safe, so operators do not depend on the transport. A communicator compares
 /// the ranks' `call`s before it moves data. It reports differing calls and lost ranks as errors on
-/// every rank. [`Group`](super::Group) has checked lengths and ranks before: every length follows
-/// from `shards` or is the same on all ranks.
+/// every rank. [`Group`](super::Group) checks all lengths and rank numbers before it calls its
+/// communicator. So every length follows from `shards` or is the same on all ranks.
 pub trait Communicator<B: Device> {
     /// The index of this rank in the group.
     fn rank(&self) -> usize;
@@ -24,8 +24,8 @@ pub trait Communicator<B: Device> {
     /// x ← the reduction of x over the ranks, the same bits on every rank.
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()>;
 
-    /// recv ← the shards of all ranks, concatenated. `send` is this rank's `[rows, size(rank)]`,
-    /// `recv` is `[rows, total]`.
+    /// recv ← the shards of all ranks, concatenated. `send` is this rank's shard,
+    /// `[rows, size(rank)]`, and `recv` is `[rows, total]`.
     fn all_gather(
         &self,
         call: &Call,
@@ -62,27 +62,31 @@ pub trait Communicator<B: Device> {
     fn barrier(&self, call: &Call) -> Result<()>;
 
     /// Returns the failure that prevents `call`, if there is one, without waiting. A rank that left
-    /// without an error does not prevent the call, because the rank may have joined it before.
+    /// without an error does not prevent the call, because it may have joined the call before it
+    /// left.
     fn obstacle(&self, call: &Call) -> Option<Error> {
         let _ = call;
         None
     }
 
-    /// Records that this rank reached a step of work done outside this communicator (NCCL).
+    /// Records that this rank has reached an external step, which is a collective or message of
+    /// another library (NCCL).
     fn reached_step(&self, step: ExternalStep) {
         let _ = step;
     }
 
-    /// Returns the failure that prevents an external step. Unlike in [`Communicator::obstacle`], a
-    /// rank that left before it reached the step counts. The default calls `obstacle`.
+    /// Returns the failure that prevents an external step. If a rank left before it reached the
+    /// step, that is a failure here, unlike in [`Communicator::obstacle`]. The default calls
+    /// `obstacle`.
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         let _ = step;
         self.obstacle(call)
     }
 
-    /// Breaks the group because this rank has waited at these steps for `after`, so that every rank
-    /// gets the returned error. The error names the ranks that have not reached the steps, or all
-    /// ranks that the steps need if none is known. The default only returns the error.
+    /// Breaks the group, because this rank has waited for `after` at these steps. Every rank then
+    /// gets the returned error. The error names the ranks that have not reached the steps. If no
+    /// such rank is known, it names all ranks that the steps need. The default only returns the
+    /// error.
     fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         let missing = ExternalStep::missing(steps, Vec::new(), self.rank(), self.size());
         Cause::Deadline { missing, after }.error(call, &format!("{:08x}", call.group as u32))
@@ -112,8 +116,8 @@ pub trait Communicator<B: Device> {
     /// Starts a collective, which reads `send`. [`InFlight::wait`] returns the result. `recv` has
     /// the result's length, and the transport may use it as the result's memory.
     ///
-    /// The default runs the whole collective before it returns, for transports without asynchronous
-    /// collectives.
+    /// The default is for transports without asynchronous collectives: it runs the whole collective
+    /// before it returns.
     fn start(
         &self,
         call: &Call,
@@ -144,7 +148,7 @@ pub trait Liveness: Send {
     /// See [`Communicator::lost_at_step`].
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error>;
 
-    /// The ranks that a step needs and that have not reached it or do not answer.
+    /// Of the ranks that a step needs, those that have not reached it or do not answer.
     fn absent(&self, step: ExternalStep) -> Vec<usize>;
 
     /// See [`Communicator::give_up`].
@@ -159,7 +163,7 @@ pub struct ExternalStep {
     pub work: u64,
     /// The sequence number of this step, from 0.
     pub number: u64,
-    /// The step's only peer; none if the step needs all ranks.
+    /// The only rank, besides this one, that the step needs; none if the step needs all ranks.
     pub with: Option<usize>,
 }
 
@@ -169,8 +173,8 @@ impl ExternalStep {
         self.with.is_none_or(|with| with == rank)
     }
 
-    /// Returns the ranks that rank `here` of `ranks` has waited for: the `absent` ranks or, if that
-    /// list is empty, all other ranks that the steps need.
+    /// Returns the ranks that rank `here` of `ranks` ranks has waited for. These are the `absent`
+    /// ranks or, if that list is empty, all ranks that the steps need, except `here`.
     pub(super) fn missing(steps: &[Self], absent: Vec<usize>, here: usize, ranks: usize) -> Vec<usize> {
         if !absent.is_empty() {
             return absent;

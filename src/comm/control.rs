@@ -6,7 +6,7 @@ use crate::{device::Element, error::Result, kernels::Pointwise, shard::Partition
 use half::f16;
 
 impl<B: Pointwise> Group<B> {
-    /// Reduces numbers on the host over the ranks: sum, max or min. Collective: all-reduce.
+    /// Reduces numbers in host memory over the ranks: sum, max or min. Collective: all-reduce.
     ///
     /// On a device without values, such as [`Meta`](crate::device::Meta), it returns `own`.
     ///
@@ -36,7 +36,7 @@ impl<B: Pointwise> Group<B> {
     /// ```
     ///
     /// # Errors
-    /// When there is no such root, a rank calls something else, or is lost.
+    /// When there is no such root, or when a rank calls something else or is lost.
     #[track_caller]
     pub fn broadcast_bytes(&self, root: usize, bytes: &[u8]) -> Result<Vec<u8>> {
         let mut len = Tensor::from_slice(self.device(), [1], &[bytes.len() as f64])?;
@@ -73,14 +73,15 @@ impl<B: Pointwise> Group<B> {
     ///
     /// Only `root` calls `poll`, repeatedly, and the ranks synchronize after each call. A call of
     /// `poll` should block for a while, such as 100 ms. If it blocks for longer than the group's
-    /// deadline, its value is lost and the group fails. Collective: a broadcast of one number per
-    /// call.
+    /// deadline, the value that it returns is lost and the group fails. Collective: a broadcast of
+    /// one number per call.
     ///
     /// On a device without values, it returns after the first call.
     ///
     /// # Errors
-    /// When there is no such root, a rank calls something else, or is lost. When `poll` fails on
-    /// `root`; the other ranks then fail when `root` leaves the group or calls something else.
+    /// When there is no such root, when a rank calls something else or is lost, or when `poll`
+    /// fails on `root`. If `poll` fails, the other ranks fail when `root` leaves the group or calls
+    /// something else.
     #[track_caller]
     pub fn wait_for<R>(&self, root: usize, mut poll: impl FnMut() -> Result<Option<R>>) -> Result<Option<R>> {
         self.check_rank("wait for", root)?;

@@ -106,7 +106,7 @@ impl<B: Device> Group<B> {
         (group.with_settings_of(self), record)
     }
 
-    /// The transport of this group, for example to wrap it in another communicator: see
+    /// The transport of this group. To wrap it in another communicator, pass the wrapper to
     /// [`Group::new`].
     pub fn communicator(&self) -> Rc<dyn Communicator<B>> {
         Rc::clone(&self.shared.communicator)
@@ -138,14 +138,14 @@ impl<B: Device> Group<B> {
         Rc::ptr_eq(&self.shared.identity, &other.shared.identity) || (self.size() == 1 && other.size() == 1)
     }
 
-    /// Returns a call that takes the group's next sequence number.
+    /// Returns a call with the group's next sequence number, and advances that number.
     #[track_caller]
     pub(super) fn next_call(&self, op: Op) -> Call {
         let calls = &self.shared.identity.calls;
         self.call_at(op, calls.replace(calls.get() + 1))
     }
 
-    /// Returns a call that shows the group's next sequence number, but does not take it.
+    /// Returns a call with the group's next sequence number, without advancing that number.
     #[track_caller]
     pub(super) fn call_between(&self, op: Op) -> Call {
         self.call_at(op, self.shared.identity.calls.get())
@@ -306,8 +306,8 @@ impl Group<Cpu> {
         self.carried(Rc::new(communicator), device)
     }
 
-    /// Takes a sequence number for a split that the caller performs with another communicator
-    /// (NCCL).
+    /// Returns a call for a split that the caller performs with another communicator (NCCL), and
+    /// advances the group's sequence number.
     #[cfg(feature = "nccl")]
     #[track_caller]
     pub(super) fn split_call(&self) -> Call {

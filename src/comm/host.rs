@@ -1,5 +1,5 @@
-//! Host data that other ranks may read after its rank has left: messages, and the inputs of started
-//! collectives.
+//! Host data that other ranks may read after the rank that wrote it has left: messages, and the
+//! inputs of started collectives.
 
 use crate::device::{AnyBuffer, AnyRef, Cpu, DType};
 use half::{bf16, f16};

@@ -14,8 +14,8 @@
 //! | [`Recorded`] | the ranks of the communicator that it wraps; logs every transfer |
 //! | [`Planned`] | one simulated rank of a group of any size, on the `Meta` device |
 //!
-//! Every call is described by a [`Call`]: operation, element, shape and sequence number. The ranks
-//! compare their calls before any data moves. If the calls differ, every rank gets
+//! Every call is described by a [`Call`]: operation, element type, shape and sequence number. The
+//! ranks compare their calls before any data moves. If the calls differ, every rank gets
 //! [`crate::Error::Mismatch`] and no buffer changes. If a rank panics or leaves, the others get
 //! [`crate::Error::PeerLost`] instead of waiting for it.
 
@@ -76,7 +76,7 @@ macro_rules! each_pair {
 }
 use each_pair;
 
-/// Waits at most two seconds until NCCL has closed the communicators that this thread has left.
+/// Waits until NCCL has closed the communicators that this thread has left, at most two seconds.
 pub(crate) fn settle() {
     #[cfg(feature = "nccl")]
     nccl::settle();

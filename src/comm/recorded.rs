@@ -9,12 +9,13 @@ use crate::{
 };
 use std::{cell::RefCell, fmt, rc::Rc, time::Duration};
 
-/// The operation and size of one transfer. The sender logs an exchange.
+/// The operation and size of one transfer. Of the two ranks of an exchange, only the sender logs
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Transfer {
     /// The operation.
     pub op: Op,
-    /// The element.
+    /// The element type.
     pub dtype: DType,
     /// The number of elements of the whole tensor. For an all-gather or a reduce-scatter, these are
     /// the elements of all shards together.

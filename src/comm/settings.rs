@@ -8,8 +8,8 @@ use crate::{
     shard::{Partition, Reduction, Tree},
 };
 
-/// The maximum number of chunks with [`Overlap::From`]. The communication of one chunk does not
-/// overlap with computation.
+/// The maximum number of chunks with [`Overlap::From`]. However many chunks there are, the
+/// communication of one of them does not overlap with computation.
 const MAX_CHUNKS: usize = 4;
 
 impl<B: Device> Group<B> {

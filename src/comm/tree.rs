@@ -15,8 +15,8 @@ use crate::{
 };
 use std::ops::Range;
 
-/// If all sub-trees together have at most this many elements, every rank gathers all of them in one
-/// collective.
+/// If the sums of all sub-trees together have at most this many elements, every rank gathers all
+/// these sums in one collective.
 const SMALL: usize = 4096;
 
 /// The algorithm of a sum along the tree.
@@ -25,9 +25,9 @@ enum Algorithm {
     Local,
     /// Two ranks own one sub-tree each. A plain all-reduce suffices, because a + b = b + a.
     Pair,
-    /// Every rank gathers all sub-trees and adds them up.
+    /// Every rank gathers the sums of all sub-trees and adds them up.
     Gather,
-    /// Every rank receives its shard of all sub-trees and adds them up.
+    /// Every rank receives its shard of each sub-tree's sum, and adds these shards up.
     Exchange,
 }
 
@@ -160,7 +160,7 @@ impl<B: Pointwise> Group<B> {
         Ok(shape)
     }
 
-    /// Gathers the terms of every rank, in rank order, and returns shard `shard` of each.
+    /// Gathers the terms of every rank, in rank order, and returns shard `shard` of each term.
     #[track_caller]
     fn gather_terms<A: Element>(
         &self,
@@ -186,7 +186,7 @@ impl<B: Pointwise> Group<B> {
         (0..whole.shape().dims()[0]).map(unpack).collect()
     }
 
-    /// Exchanges terms with every other rank. Returns this rank's shard of all terms, in rank
+    /// Exchanges terms with every other rank. Returns this rank's shard of each term, in rank
     /// order.
     #[track_caller]
     fn exchange_terms<A: Element>(

@@ -21,11 +21,12 @@ const OP: &str = "launch";
 /// | MPICH, Intel MPI | `PMI_JOBID` |
 /// | Slurm | `SLURM_JOB_ID` and `SLURM_STEP_ID`, `SLURM_RESTART_COUNT` |
 ///
-/// The process uses the variables of the first launcher in the table whose rank is set.
+/// The process uses the variables of the first launcher in the table whose rank is set. With Open
+/// MPI, MPICH and Intel MPI, the epoch is `SHARDWISE_EPOCH`, or 0 if that is not set.
 ///
 /// * Address: if all ranks are on this machine, they use 127.0.0.1. Otherwise `MASTER_ADDR` is the
 ///   host of rank 0: a name, an IPv4 address, or an IPv6 address with or without brackets.
-/// * Port: rank 0 listens on `SHARDWISE_PORT`. If it is not set, rank 0 listens on the port after
+/// * Port: rank 0 listens on `SHARDWISE_PORT`. If that is not set, rank 0 listens on the port after
 ///   `MASTER_PORT`, because torchrun's agent listens on `MASTER_PORT`. If neither is set, the port
 ///   is derived from the job's name.
 /// * `SHARDWISE_TOKEN` is the shared secret with which ranks authenticate each other and all their
@@ -75,8 +76,8 @@ struct Launcher {
     local_world: &'static str,
     job: &'static [&'static str],
     epoch: &'static str,
-    /// The variables for the number of machines. They exist if `local_world` is only the number of
-    /// ranks requested per machine.
+    /// The variables for the number of machines; empty if `local_world` is always the actual number
+    /// of ranks on this machine, and not only the number that was requested per machine.
     nodes: &'static [&'static str],
 }
 
@@ -123,13 +124,14 @@ impl Env {
     /// Reads this process's environment.
     ///
     /// # Errors
-    /// When no launcher's variables are set, when one of them is missing or not a number, or when
-    /// they contradict each other. The error names the variables.
+    /// When no launcher has set a rank, when a further variable that is needed is missing, when a
+    /// variable is not a number, or when variables contradict each other. The error names the
+    /// variables.
     pub fn read() -> Result<Self> {
         Self::of(|name| std::env::var(name).ok())
     }
 
-    /// Like [`Env::read`], with the values that `variable` returns.
+    /// Like [`Env::read`], but asks `variable` for the value of each environment variable.
     ///
     /// # Errors
     /// See [`Env::read`].

@@ -41,7 +41,7 @@ impl Mpi {
         Self { deadline: Duration::from_secs(120), message_limit: 64 << 20 }
     }
 
-    /// Sets how long a rank waits for the others in one collective in which no data arrives.
+    /// Sets how long a rank waits in one collective while no data arrives from the other ranks.
     pub fn deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
@@ -56,9 +56,9 @@ impl Mpi {
     /// processes. Ends MPI when every rank has left. The group is a [`crate::comm::MpiComm`] and
     /// stays on this thread.
     ///
-    /// If other ranks do not leave within the deadline, `MPI_Abort` ends the job and prints their
-    /// numbers on stderr. If `rank` fails with [`crate::Error::Deadline`], this rank waits only
-    /// briefly before it aborts. So a stopped process never blocks the others.
+    /// If other ranks do not leave within the deadline, `MPI_Abort` ends the job, and the numbers
+    /// of these ranks are printed on stderr. If `rank` fails with [`crate::Error::Deadline`], this
+    /// rank waits only briefly before it aborts. So a stopped process never blocks the others.
     ///
     /// # Errors
     /// When `rank` fails, or when this rank has not received a message that another rank sent to

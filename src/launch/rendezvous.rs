@@ -73,8 +73,8 @@ impl Verdict {
     const ALL: [Self; 6] =
         [Self::Welcome, Self::OtherJob, Self::OtherEpoch, Self::OtherWorld, Self::NoSuchRank, Self::Taken];
 
-    /// Whether another attempt may succeed, because the listener may be a rank 0 of an earlier
-    /// start.
+    /// Whether a rank that got this verdict should try again. The listener may be the rank 0 of an
+    /// earlier start, and the next attempt may reach the right one.
     fn may_change(self) -> bool {
         matches!(self, Self::OtherJob | Self::OtherEpoch | Self::Taken)
     }
@@ -199,9 +199,9 @@ impl Rendezvous {
         Ok(peers)
     }
 
-    /// Listens on the address of rank 0. If it cannot bind that address, which may be a service's,
-    /// or if the host's name resolves to loopback, it listens on all addresses of this machine. It
-    /// does so only with a token.
+    /// Listens on the address of rank 0. With a token, rank 0 listens on all addresses of this
+    /// machine instead if it cannot bind its own address, which may be a service's, or if the
+    /// host's name resolves to loopback.
     fn listen(&self, begin: Instant, deadline: Duration) -> Result<TcpListener> {
         let mut addresses = self.listens.iter().peekable();
         loop {
@@ -264,8 +264,9 @@ impl Rendezvous {
         let proof = self.proof(b"host", &[visitor, &answer]);
         write(stream, &[&answer, &proof], until)?;
         if verdict == Verdict::Welcome {
-            // This is the only owner. `host` takes a second reference only under the lock, to close
-            // the connection. If it has done that, the write above has failed.
+            // This is the only reference to the connection. `host` takes a second reference only
+            // under the lock, and only to close the connection. If `host` has closed it, the write
+            // above has failed.
             let stream = Arc::into_inner(connection).ok_or(ErrorKind::ConnectionAborted)?;
             admitted[rank] = Some((stream, self.mac(b"link", &[&nonce, visitor])));
         }
@@ -343,7 +344,7 @@ impl Rendezvous {
             Some(refusal) => return Ok(Err(*refusal)),
             None => return Err(ErrorKind::InvalidData.into()),
         }
-        // Rank 0 writes this byte once all ranks have connected.
+        // Rank 0 writes this byte after all ranks have connected.
         read(&stream, &mut [0; 1], Instant::now() + left)?;
         Ok(Ok((stream, self.mac(b"link", &[nonce_there, &own]))))
     }

@@ -104,9 +104,10 @@ impl Threads {
     /// Runs the ranks and returns their results in rank order.
     ///
     /// # Errors
-    /// The error or panic of a rank, with its rank. If several ranks failed, that of the lowest
-    /// rank whose error is not a consequence of another rank's ([`Error::is_consequence`]). Also
-    /// when there are no ranks or more than 65,536, or a thread cannot be started.
+    /// When a rank failed: its error or panic, with the number of the rank. If several ranks
+    /// failed, this is the failure of the lowest rank whose error does not merely report another
+    /// rank's failure ([`Error::is_consequence`]). Also when there are no ranks or more than
+    /// 65,536, or when a thread cannot be started.
     pub fn run<R: Outcome>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
         let (outcomes, results) = self.outcomes(rank)?;
         first_failure(outcomes)?;
@@ -124,7 +125,7 @@ impl Threads {
     /// let outcomes = launch::Threads::new(3).run_each(|world| {
     ///     if world.rank() == 2 { Err(Error::invalid("load", "no file")) } else { world.barrier() }
     /// })?;
-    /// // The others do not wait for rank 2: they receive its loss.
+    /// // The others do not wait for rank 2: their barrier fails because rank 2 is lost.
     /// assert!(matches!(outcomes[0], Err(Error::PeerLost { rank: 2, .. })), "{outcomes:?}");
     /// # Ok::<(), Error>(())
     /// ```
@@ -171,7 +172,8 @@ impl Threads {
             let world = Group::new(Rc::new(comm), &(self.device)());
             let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
             // This thread leaves all its groups now, even groups that `rank` has leaked. It leaves
-            // before it writes its record, because the other ranks wait for the reason.
+            // before it writes its record, so that ranks that wait for it learn at once why it
+            // left.
             groups.leave_all(match &result {
                 Ok(Ok(_)) => LostReason::Left,
                 Ok(Err(_)) => LostReason::Failed,
@@ -215,7 +217,8 @@ impl Threads {
 }
 
 /// Returns the error to report for a job: the error of the lowest rank whose failure is not a
-/// consequence of another rank's, or else of the lowest rank that failed.
+/// consequence of another rank's. If there is no such rank, the error of the lowest rank that
+/// failed.
 fn first_failure(outcomes: Vec<Result<()>>) -> Result<()> {
     let failed = |consequence: bool| {
         let is_wanted =

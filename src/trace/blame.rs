@@ -24,7 +24,8 @@ const MAX_NAMED: usize = 4096;
 const MAX_PRINTED: usize = 8;
 
 impl Blame {
-    /// Formats the ranks. If there are many, formats the first ones and the number of the others.
+    /// Formats the ranks. If there are many, formats the first ones and says how many more there
+    /// are.
     pub fn who(&self) -> String {
         match self.ranks.as_slice() {
             [] => "no rank".into(),
@@ -64,10 +65,14 @@ impl Failed<'_> {
 
 /// Finds the ranks that broke a job.
 ///
-/// Returns the first of these that exists: the ranks whose call differs from the majority's; the
-/// first rank that panicked or returned an error and had not got an error for a lost rank or a
-/// deadline before; the ranks without a record, whose processes were killed, were stopped or
-/// exited; the ranks that returned while others needed them; the ranks that did not join a call.
+/// Returns the first of these sets that is not empty:
+///
+/// 1. the ranks whose call differs from the majority's;
+/// 2. the first rank that panicked or returned an error, among the ranks for which no call failed
+///    because of a lost rank or a deadline;
+/// 3. the ranks without a record, whose processes were killed, were stopped or exited;
+/// 4. the ranks that returned while others needed them;
+/// 5. the ranks that did not join a call.
 pub fn blame(records: &[Record]) -> Blame {
     let mut failures: Vec<Failed<'_>> = Vec::new();
     for record in records {
@@ -153,7 +158,7 @@ fn last_call(record: &Record) -> String {
     )
 }
 
-/// Whether a rank had joined `call`, or a later call of that group, before `call` failed.
+/// Whether a rank had joined `call`, or a later call of the same group, before `call` failed.
 fn had_entered(record: &Record, call: &Entry) -> bool {
     let failed = call.end.unwrap_or(u64::MAX);
     let mut entries = record.entries.iter().filter(|entry| entry.group == call.group);

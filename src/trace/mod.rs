@@ -1,10 +1,10 @@
 //! A flight recorder: the last operations of each rank.
 //!
 //! Each rank's thread records every group call, every wait for a started call and every matrix
-//! product. The record has the operation, sequence number, element, shape, call site, begin, end
-//! and state of the last [`CAPACITY`] operations, but no values of tensors. The recorder is always
-//! on and costs a fraction of a microsecond per operation. Calls of planned groups
-//! ([`crate::comm::Group::planned`]) are not recorded.
+//! product. For each of the last [`CAPACITY`] operations, the record has the operation's name,
+//! sequence number, element type, shape, call site, begin, end and state, but no values of tensors.
+//! The recorder is always on and costs a fraction of a microsecond per operation. Calls of planned
+//! groups ([`crate::comm::Group::planned`]) are not recorded.
 //!
 //! The environment variable `SHARDWISE_FLIGHT_DIR` or [`crate::launch::Threads::flight`] can name a
 //! folder. Then each rank writes its record there, as lines of JSON, when a call fails and when the
@@ -12,10 +12,10 @@
 //!
 //! * [`blame`] reads the records of a job and names the rank that broke it:
 //!   `shardwise blame FOLDER`.
-//! * [`chrome`] converts them to a timeline for `chrome://tracing` and Perfetto:
+//! * [`chrome`] converts the records to a timeline for `chrome://tracing` and Perfetto:
 //!   `shardwise trace FOLDER -o FILE`.
-//! * Each operation is also a `tracing` span with the target `shardwise`, and each failure an error
-//!   event.
+//! * Each operation is also a `tracing` span with the target `shardwise`, and each failure is also
+//!   an error event.
 
 mod blame;
 mod chrome;
@@ -41,14 +41,13 @@ use std::{
 
 /// The number of operations that a rank's record keeps.
 pub const CAPACITY: usize = 2048;
-/// The maximum number of failures in a rank's record. Above this number of groups, the record drops
-/// groups without a recorded operation.
+/// The maximum number of failures in a rank's record. If the record has at least this many groups
+/// when the rank joins a new one, it drops the groups without a recorded operation.
 const MAX_KEPT: usize = 256;
 /// The id of groups whose calls are not recorded. Planned groups use it, because their calls would
 /// displace calls of real groups from the record, and no rank waits in them.
 pub(crate) const UNRECORDED: u64 = u64::MAX;
-/// How many failures make a rank write its record. A rank that continues after more failures does
-/// not write it for each of them.
+/// A rank writes its record when a call fails, but only for this many failures.
 const MAX_WRITES: usize = 8;
 
 /// An operation to record.

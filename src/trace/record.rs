@@ -57,7 +57,7 @@ pub struct GroupInfo {
 pub struct Entry {
     /// The name of the operation.
     pub op: String,
-    /// The operation's arguments as text: reduction, root, element, shape and a hash of the
+    /// The operation's arguments as text: reduction, root, element type, shape and a hash of the
     /// partition.
     pub what: String,
     /// Whether the call was asynchronous: it started the operation, and a later call waits for it.

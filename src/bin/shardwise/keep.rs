@@ -132,7 +132,7 @@ struct Ranks {
     asked: Option<i32>,
     /// The launcher has died.
     orphaned: bool,
-    /// Whether the ranks that broke the job now have time to end by themselves.
+    /// Whether the keeper now waits for the ranks that broke the job to end by themselves.
     waits: bool,
     next: Option<(Instant, Signal)>,
 }
@@ -215,7 +215,7 @@ impl Ranks {
         }
         let mut spared: Vec<_> =
             (0..self.ranks.len()).filter(|&rank| self.ranks[rank].sent.contains(&signal)).collect();
-        // Ranks that broke the job and are leaving get more time, but only once.
+        // Ranks that broke the job and are leaving get more time, but not a second time.
         let leaving = if self.failed.is_some() && !self.waits { self.leaving() } else { Vec::new() };
         self.waits = !leaving.is_empty();
         spared.extend(leaving);
@@ -389,8 +389,9 @@ fn next(news: &Receiver<Event>, limit: Option<Instant>) -> Option<Event> {
     news.recv_timeout(patience).ok()
 }
 
-/// Waits until a step of the output is written, for as long as the reader takes. Once a signal or
-/// the launcher's death ends the job, it waits at most until `limit`.
+/// Waits until a step of the output is written, for as long as the reader of the output takes.
+/// After a signal to the launcher, or the launcher's death, has ended the job, it waits at most
+/// until `limit`.
 fn wait_for_reader(news: &Receiver<Event>, step: Step, limit: &mut Option<Instant>, grace: Duration) {
     *limit = limit.map(|limit| limit.max(Instant::now() + LAST_WORDS));
     while limit.is_none_or(|limit| limit > Instant::now()) {
@@ -453,8 +454,8 @@ impl Become {
     /// the program.
     pub(crate) fn run(&self) -> io::Result<u8> {
         set_parent_process_death_signal(Some(Signal::KILL))?;
-        // If the keeper died before the request, the kernel will not kill this process, so it ends
-        // now.
+        // If the keeper died before this process asked, the kernel will not kill this process. So
+        // this process ends now.
         if getppid() != Pid::from_raw(self.keeper) {
             return Ok(1);
         }

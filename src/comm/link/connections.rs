@@ -1,7 +1,7 @@
 //! One process's connections: on rank 0 to all other ranks, on another rank only to rank 0.
 //!
 //! One thread reads from each connection. On rank 0, a second thread writes to each connection, so
-//! that a rank that does not read blocks only its own frames.
+//! that a rank that does not read delays only the frames sent to that rank.
 
 use super::{
     frame::{Frame, Keyed, Kind, Seal, Strings, from_loss},
@@ -21,8 +21,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long rank 0, when it closes, waits for a rank that missed a deadline to read its last
-/// frames.
+/// When rank 0 closes, it waits this long for the ranks that missed a deadline, so that they can
+/// read their last frames.
 const LATE_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// A process's connections. [`Connections::close`] closes them, and so does a drop.
@@ -39,12 +39,13 @@ pub(super) struct Transport {
     pub(super) deadline: Duration,
     inbox: Mutex<Inbox>,
     news: Condvar,
-    /// The number of external steps that this rank has reached, by work.
+    /// The number of external steps that this rank has reached, by the id of their work.
     steps: Mutex<HashMap<u64, u64>>,
-    /// Held during a query for steps, because an answer does not name its query.
+    /// Locked during a query for steps, because an answer does not say to which query it belongs.
     asks: Mutex<()>,
-    /// The first lost rank that this rank got an error for, and the reason. This loss may make this
-    /// rank leave as well, so ranks that need this rank report that first loss instead.
+    /// The first lost rank that made a call of this rank fail, and the reason of that loss. If this
+    /// rank leaves as a result, the ranks that still need this rank report that first lost rank
+    /// instead.
     first_loss: Mutex<Option<(usize, LostReason)>>,
     /// The connections, by rank: on rank 0 to all others, on the other ranks to rank 0.
     peers: Vec<Option<Peer>>,
@@ -58,8 +59,8 @@ struct Peer {
     stream: TcpStream,
     /// Numbers and authenticates the sent frames. Locked while a frame is written.
     seal: Mutex<Seal>,
-    /// The frames that rank 0 has yet to write. None once the connection closes, and on other
-    /// ranks.
+    /// The frames that rank 0 has yet to write. None after the connection has closed, and on all
+    /// ranks other than rank 0.
     queue: Mutex<Option<Queue>>,
 }
 
@@ -67,8 +68,8 @@ struct Peer {
 #[derive(Debug)]
 struct Queue {
     frames: mpsc::Sender<Frame>,
-    /// Disconnects when the writing thread ends: after it has written all frames, or a write
-    /// failed.
+    /// Disconnects when the writing thread ends, either because it has written all frames or
+    /// because a write failed.
     written: mpsc::Receiver<()>,
 }
 
@@ -83,8 +84,8 @@ impl Peer {
     }
 }
 
-/// The frame by which a rank announces its loss. Rank 0 creates it for a rank whose connection
-/// ended without one.
+/// The frame by which a rank announces its loss. If a rank's connection ended without such a frame,
+/// rank 0 creates it.
 fn last_frame(loss: LostReason) -> Frame {
     Frame::new(Kind::Lost, 0, 0, (0, from_loss(loss)), Vec::new())
 }
@@ -95,7 +96,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Transport {
-    /// Sends a frame to rank 0. Rank 0 routes its own frame.
+    /// Sends a frame to rank 0. On rank 0, handles the frame directly.
     pub(super) fn send(&self, frame: Frame) {
         if self.rank == 0 {
             self.route(0, frame);
@@ -195,7 +196,8 @@ impl Transport {
         lock(&self.steps).insert(work, steps);
     }
 
-    /// Records that this rank got an error for a lost rank. Only the first lost rank is kept.
+    /// Records that a call of this rank failed because rank `rank` was lost. Only the first such
+    /// rank is kept.
     pub(super) fn record_loss(&self, rank: usize, loss: LostReason) {
         lock(&self.first_loss).get_or_insert((rank, loss));
     }
@@ -223,8 +225,8 @@ impl Transport {
         })
     }
 
-    /// Rank 0: lets the writing threads write their remaining frames and end. Waits a moment for
-    /// ranks that read the frames, and less for ranks that missed a deadline.
+    /// Rank 0: lets the writing threads write their remaining frames and end. Waits at
+    /// most `answer_timeout`, or `LATE_TIMEOUT` for ranks that missed a deadline.
     fn flush(&self) {
         let take = |rank: usize| Some((rank, lock(&self.peers[rank].as_ref()?.queue).take()?.written));
         let (late, reading): (Vec<_>, Vec<_>) = (1..self.world)
@@ -266,8 +268,8 @@ impl Transport {
             let _ = from.get_ref().shutdown(Shutdown::Both);
         }
         if self.rank == 0 {
-            // Once rank 0 has closed its connections, it reports no other loss: it has already
-            // reported its own.
+            // After rank 0 has closed its connections, it reports no loss of another rank, because
+            // it has already reported its own.
             if !self.with_inbox(|inbox| inbox.gone) {
                 self.report_loss(peer, last_frame(LostReason::Disconnected));
             }
@@ -356,8 +358,8 @@ impl Connections {
 
     /// Announces that this rank leaves, with the reason, and closes the connections.
     ///
-    /// Every message passes through rank 0. So rank 0 waits until all other ranks have left, at
-    /// most until the deadline. If rank 0 failed, it waits only briefly.
+    /// Every message passes through rank 0. So rank 0 waits until all other ranks have left, but at
+    /// most until the deadline, and only briefly if rank 0 itself failed.
     pub(crate) fn close(&self, loss: LostReason) {
         let transport = &self.transport;
         if std::mem::replace(&mut lock(&transport.inbox).closed, true) {

@@ -1,4 +1,5 @@
-//! Why a group breaks: the failures that a rank receives, and the failures that it reports.
+//! Why a group breaks: the failures that rank 0 tells a rank, and the failures that a rank reports
+//! to rank 0.
 
 use super::{
     Cause, Link,
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 impl Link {
     /// Records `cause` as the group's failure, unless the group has one already. Returns the error
-    /// of a call for `cause`.
+    /// that `call` gets because of `cause`.
     pub(super) fn fail(&self, call: &Call, cause: Cause) -> Error {
         let error = self.error(call, &cause);
         self.failed.borrow_mut().get_or_insert(cause);
@@ -27,15 +28,16 @@ impl Link {
         self.break_for(call, self.late_frame(&ranks, after), Cause::Deadline { missing, after })
     }
 
-    /// The frame that reports an expired deadline for some world ranks.
+    /// The frame that reports that the world ranks `ranks` missed the deadline `after`.
     pub(super) fn late_frame(&self, ranks: &[usize], after: Duration) -> Frame {
         let body = from_numbers(ranks.iter().map(|&rank| rank as u64));
         Frame::new(Kind::Late, self.group, nanoseconds(after), (0, 0), body)
     }
 
-    /// Reports a failure to rank 0 in the frame `news`, and breaks the group. Rank 0 sends the
-    /// first failure that reached it to all ranks, and that failure is the cause. If rank 0 does
-    /// not answer, `cause` is the cause.
+    /// Breaks the group: reports a failure to rank 0 in the frame `news`, and returns the error of
+    /// `call`. If several ranks report failures, rank 0 sends only the first report that reaches it
+    /// to all ranks. The returned error describes the failure that rank 0 sent or, if rank 0 does
+    /// not answer, `cause`.
     pub(super) fn break_for(&self, call: &Call, news: Frame, cause: Cause) -> Error {
         self.transport.send(news.clone());
         let first = self
@@ -48,7 +50,7 @@ impl Link {
         self.fail(call, cause)
     }
 
-    /// Returns the ranks that a step needs and that have not reached it or do not answer.
+    /// Of the ranks that a step needs, returns those that have not reached it or do not answer.
     pub(super) fn behind(&self, step: ExternalStep) -> Vec<usize> {
         let needed = (0..self.members.len()).filter(|&rank| rank != self.rank && step.needs(rank));
         let needed: Vec<usize> = needed.map(|rank| self.members[rank]).collect();
@@ -65,8 +67,11 @@ impl Link {
         cause.error(call, &self.name)
     }
 
-    /// Returns the first failure in the inbox that breaks this group. A lost rank counts only if
-    /// `stops` returns true for its group rank, the reason, and its count of rounds or steps by id.
+    /// Returns the first failure in the inbox that breaks this group. For a lost rank of the group,
+    /// `stops` decides whether its loss is such a failure. The arguments of `stops` are the lost
+    /// rank's number in the group, the reason of the loss, and a function that returns how many
+    /// rounds of a group, or steps of a work, the lost rank has reached. The function's argument is
+    /// the id of the group or work.
     pub(super) fn cause(
         &self,
         inbox: &Inbox,
@@ -85,7 +90,8 @@ impl Link {
             News::Lost { rank, reason, root, progress } => {
                 let rank = group_rank(*rank)?;
                 let count = |of| progress.get(&of).copied().unwrap_or(0);
-                // A rank that left because another rank was lost is not the first lost rank.
+                // If the lost rank left because another rank had been lost before, the error names
+                // that other rank.
                 let first = root.and_then(|(root, reason)| Some((group_rank(root)?, reason)));
                 let (root, how) = first.unwrap_or((rank, *reason));
                 stops(rank, *reason, &count).then_some(Cause::Lost { rank: root, reason: how })
@@ -98,8 +104,9 @@ impl Link {
         })
     }
 
-    /// Returns the error of a call if the group is broken. A rank that left in order counts only if
-    /// `needs` returns true for its group rank and its count of rounds or steps by id.
+    /// Returns the error of a call if the group is broken. If a rank left without an error
+    /// (`LostReason::Left`), the group is broken only if `needs` returns true. The arguments of
+    /// `needs` are the rank and the function that [`Link::cause`] passes to `stops`.
     pub(super) fn obstacle_if(
         &self,
         call: &Call,

@@ -32,9 +32,10 @@ pub(super) enum Kind {
     Inputs,
     /// A message from one rank to another.
     Message,
-    /// Rank `from` was lost, for reason `to`. The body holds its number of rounds by group and of
-    /// external steps by work. If the rank had got an error for another lost rank before, `round`
-    /// is that rank plus one, and `group` is the reason of that loss.
+    /// Rank `from` was lost, for reason `to`. The body holds the number of rounds by group, and of
+    /// external steps by work, that the rank has reached. If a call of the rank had failed before
+    /// because another rank was lost, `round` is the number of that other rank plus one, and
+    /// `group` is the reason of its loss.
     Lost,
     /// To a rank that has announced that it leaves: rank 0 sends no further frame.
     Bye,
@@ -52,9 +53,9 @@ pub(super) enum Kind {
     Ask,
     /// The answer to `Ask`: `round` is the number of steps.
     Answer,
-    /// To rank 0: rank `from` waits for a message from rank `to`. It has received `round` messages
-    /// from `to` in this group before. The body holds the group ranks of both and the waiting call
-    /// as text.
+    /// To rank 0: rank `from` waits for a message from rank `to`, and has received `round` earlier
+    /// messages from `to` in this group. The body holds the group ranks of both and, as text, the
+    /// call that waits.
     Waiting,
 }
 
@@ -326,7 +327,8 @@ mod tests {
         assert_eq!(read(&order(&[0, 0, 1]), &mut seal()), 1);
         assert_eq!(read(&order(&[0, 2]), &mut seal()), 1);
         assert_eq!(read(&order(&[1, 0]), &mut seal()), 0);
-        // First with another token or other nonces, then as the other direction.
+        // Reads the frames first with a wrong token or wrong nonces, then as frames of the other
+        // rank.
         assert_eq!(read(&frames, &mut Seal::new(&keyed(b"guess"), 1)), 0);
         assert_eq!(read(&frames, &mut Seal::new(&keyed(b"token"), 0)), 0);
     }

@@ -1,10 +1,12 @@
 //! Rank 0's state of all ranks. For each frame that arrives, the hub returns the frames that rank 0
 //! sends in reply. It does no input or output itself.
 //!
-//! A round of a group is complete once rank 0 has the inputs of all its ranks, unless the group
-//! breaks first. Rank 0 decides which comes first, so all ranks get the same outcome. A round still
-//! completes if a rank is lost after it sent its input. The report of a loss has the number of the
-//! lost rank's rounds in each group, and only ranks that wait for a later round fail.
+//! In a round, every rank of a group sends an input to rank 0 and receives the inputs of all ranks
+//! of the group. A round is complete when rank 0 has all inputs, unless the group breaks first.
+//! Rank 0 decides whether the last input or the failure came first, so all ranks get the same
+//! outcome. If a rank is lost after it sent its input, the round can still complete. So the report
+//! of a loss says how many rounds of each group the lost rank has joined, and only ranks that wait
+//! for a later round fail.
 
 use super::frame::{Body, Frame, Kind, Numbers, Strings, from_mismatch, from_numbers};
 use crate::error::Mismatch;
@@ -34,7 +36,7 @@ type Round = Vec<Option<(usize, Body)>>;
 struct Waiting {
     /// The sender of that message.
     sender: usize,
-    /// The number of messages that the receiver has taken from this sender so far.
+    /// The number of messages that the receiver's program has received from this sender so far.
     received: u64,
     /// The group ranks of the receiver and the sender, then the receiver's call as text.
     ranks_and_call: Body,
@@ -99,8 +101,8 @@ impl Hub {
         Some(inputs.iter().map(|(rank, _)| (*rank, reply.clone())).collect())
     }
 
-    /// Handles the frame of a rank that stops waiting for a round. Breaks the group, unless the
-    /// round is complete or the group is already broken.
+    /// Handles the frame by which a rank reports that it no longer waits for a round. Breaks the
+    /// group, unless the round is complete or the group is already broken.
     fn give_up(&mut self, frame: Frame) -> Option<Deliveries> {
         let Some(round) = self.rounds.get(&(frame.group, frame.round)) else { return Some(Vec::new()) };
         let mut numbers = Numbers(&frame.body);
@@ -113,8 +115,8 @@ impl Hub {
         Some(self.break_for(Frame::new(Kind::Late, frame.group, after, (0, 0), body)))
     }
 
-    /// Records that rank `from` waits for a message, and breaks the group if that closes a wait
-    /// cycle.
+    /// Records that rank `from` waits for a message, and breaks the group if this wait closes a
+    /// wait cycle.
     fn wait_for_message(&mut self, from: usize, frame: Frame) -> Option<Deliveries> {
         let waiting = Waiting { sender: frame.to, received: frame.round, ranks_and_call: frame.body };
         waiting.ranks_and_call()?;
@@ -124,15 +126,16 @@ impl Hub {
         Some(self.break_wait_cycle(frame.group))
     }
 
-    /// Returns the reported wait of a rank, unless rank 0 has meanwhile forwarded the message.
+    /// Returns the wait that a rank has reported; none if rank 0 has meanwhile forwarded the
+    /// message.
     fn pending_wait(&self, group: u64, rank: usize) -> Option<&Waiting> {
         let waiting = self.waiting.get(&(group, rank))?;
         let sent = self.messages.get(&(group, waiting.sender, rank)).copied().unwrap_or(0);
         (sent == waiting.received).then_some(waiting)
     }
 
-    /// Follows the waits from `rank` to the sender it waits for, and so on. Returns the last rank,
-    /// which does not wait.
+    /// If `rank` waits for a message, goes on to the sender of that message, and so on. Returns the
+    /// first rank that does not wait; `rank` itself if all these ranks wait.
     fn end_of_wait_chain(&self, group: u64, rank: usize) -> usize {
         let mut last = rank;
         for _ in 0..self.world {
@@ -176,8 +179,9 @@ impl Hub {
         (0..self.world).map(|rank| (rank, news.clone())).collect()
     }
 
-    /// Reports the loss of a rank to all other ranks, once. `last` is the rank's last frame, to
-    /// which this adds the rank's number of rounds per group.
+    /// Reports the loss of a rank to all other ranks, unless it has been reported before. `last` is
+    /// the last frame of the lost rank. This method adds to it how many rounds of each group the
+    /// rank has joined.
     pub(super) fn report_loss(&mut self, rank: usize, last: Frame) -> Deliveries {
         if !self.lost.insert(rank) {
             return Vec::new();
@@ -223,8 +227,8 @@ mod tests {
         Frame::new(Kind::Message, 7, 0, (0, to), Vec::new())
     }
 
-    /// Group rank `group_rank` waits for a message from world rank `sender`. The sender's group
-    /// rank is its world rank.
+    /// The frame of group rank `group_rank`, which waits for a message from world rank `sender`. In
+    /// these tests, the sender has the same number in the group as in the world.
     fn waiting(group_rank: u64, sender: usize, received: u64) -> Frame {
         let mut body = from_numbers([group_rank, sender as u64]);
         body.extend(b"exchange");
@@ -243,7 +247,7 @@ mod tests {
             input(1, 0, 1 << 40),
             input(1, 0, usize::MAX),
             input(1, 2, 2),
-            // The round's first input has announced two ranks.
+            // The round's first input has announced that the group has two ranks.
             input(0, 1, 3),
             input(u64::MAX, 0, 2),
             message(3),

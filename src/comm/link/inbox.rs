@@ -13,9 +13,9 @@ use std::{
 pub(super) struct Inbox {
     /// The inputs of complete rounds, by group and round number.
     pub(super) rounds: HashMap<(u64, u64), Body>,
-    /// Messages that this rank has not taken yet, by group and sender.
+    /// Messages that this rank's program has not received yet, by group and sender.
     messages: HashMap<(u64, usize), VecDeque<Body>>,
-    /// The number of messages that this rank has taken, by group and sender.
+    /// The number of messages that this rank's program has received, by group and sender.
     received: HashMap<(u64, usize), u64>,
     /// Failures, in the order in which rank 0 sends them. The first failure that concerns a call is
     /// the cause of the call's error.
@@ -30,13 +30,14 @@ pub(super) struct Inbox {
 /// A failure that a frame reports.
 #[derive(Debug)]
 pub(super) enum News {
-    /// A rank was lost. `root` is the first lost rank for which that rank had itself got an error,
-    /// if any. `progress` is the rank's number of rounds by group, and of external steps by work.
+    /// Rank `rank` was lost. If a call of that rank had failed before because yet another rank was
+    /// lost, `root` is the first such rank. `progress` has the number of rounds by group, and of
+    /// external steps by work, that rank `rank` has reached.
     Lost { rank: usize, reason: LostReason, root: Option<(usize, LostReason)>, progress: HashMap<u64, u64> },
     /// The ranks of a group made different calls.
     Broken { group: u64, mismatch: Mismatch },
-    /// The deadline for some ranks of a group expired. A rank that closes its connections does not
-    /// wait for these ranks.
+    /// Some ranks of a group missed a deadline. A rank that closes its connections does not wait
+    /// for them.
     Late { group: u64, missing: Vec<usize>, after: Duration },
 }
 
@@ -74,20 +75,20 @@ impl Inbox {
         }
     }
 
-    /// Takes the next message from rank `from`.
+    /// Removes and returns the next message from rank `from`, and counts it as received.
     pub(super) fn take_message(&mut self, group: u64, from: usize) -> Option<Body> {
         let message = self.messages.get_mut(&(group, from))?.pop_front()?;
         *self.received.entry((group, from)).or_default() += 1;
         Some(message)
     }
 
-    /// Returns the number of messages that this rank has taken from rank `from`.
+    /// Returns the number of messages from rank `from` that this rank's program has received.
     pub(super) fn received(&self, group: u64, from: usize) -> u64 {
         self.received.get(&(group, from)).copied().unwrap_or(0)
     }
 
-    /// Returns a message that this rank never took, with its sender, if all lost ranks have left in
-    /// order.
+    /// Returns a message that this rank's program never received, and its sender. Returns none if a
+    /// rank was lost through a failure, which may be why the message was never received.
     pub(super) fn unread(&self) -> Option<(usize, &Body)> {
         let in_order = |news: &News| matches!(news, News::Lost { reason: LostReason::Left, root: None, .. });
         let mut messages = self.messages.iter().filter(|_| self.news.iter().all(in_order));

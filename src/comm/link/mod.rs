@@ -44,8 +44,9 @@ const REPORT_AFTER: Duration = Duration::from_millis(10);
 ///
 /// It carries control data (descriptions of calls, NCCL's unique id, requests to split) and small
 /// tensors. In a collective, each rank sends its input to rank 0, and rank 0 sends all inputs to
-/// every rank; long inputs take several rounds. Use NCCL or MPI for bulk data. Each rank adds in
-/// rank order, like thread ranks. A started collective completes before its start returns.
+/// every rank; long inputs take several rounds. Use NCCL or MPI for bulk data. Each rank adds the
+/// inputs in rank order, as thread ranks do. A started collective completes before its start
+/// returns.
 #[derive(Debug)]
 pub struct Link {
     transport: Arc<Transport>,
@@ -76,7 +77,7 @@ impl Link {
         self.members.iter().position(|member| *member == rank)
     }
 
-    /// The frame by which this rank reports to rank 0 that it stops waiting for a round.
+    /// The frame that tells rank 0 that this rank no longer waits for a round.
     fn give_up_frame(&self, round: u64) -> Frame {
         let members = self.members.iter().map(|&rank| rank as u64);
         let body = from_numbers([nanoseconds(self.transport.deadline)].into_iter().chain(members));
@@ -87,8 +88,8 @@ impl Link {
     /// bytes.
     fn gather(&self, call: &Call, bytes: &[u8], longest: usize) -> Result<Vec<Vec<u8>>> {
         let mut whole = vec![Vec::new(); self.members.len()];
-        // Rank 0 sends the chunks of all ranks in one frame, so together they fit into
-        // [`MAX_PAYLOAD`].
+        // Rank 0 sends the chunks of all ranks in one frame, so all chunks together have to fit
+        // into [`MAX_PAYLOAD`].
         let chunk = (MAX_PAYLOAD / whole.len()).max(1);
         for begin in (0..longest.max(1)).step_by(chunk) {
             let end = bytes.len().min(begin + chunk);
@@ -124,7 +125,7 @@ impl Link {
         self.transport.send(Frame::new(Kind::Input, self.group, round, group_rank, input.0));
         let mut found = |inbox: &mut Inbox| {
             let complete = inbox.rounds.remove(&(self.group, round)).map(Ok);
-            // A rank that was lost after it sent its input to this round is no failure.
+            // A round does not fail if a rank is lost after it sent its input to that round.
             complete.or_else(|| self.cause(inbox, |_, _, rounds| rounds(self.group) <= round).map(Err))
         };
         let received = self.transport.wait(self.transport.deadline, &mut found).or_else(|| {
@@ -217,7 +218,7 @@ macro_rules! each_rank {
     }};
 }
 
-/// A second `Link` of the same rank and group, for use on a monitoring thread.
+/// A monitoring thread gets a second `Link` of the same rank and group.
 impl Liveness for Link {
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         Communicator::lost_at_step(self, call, step)
@@ -312,7 +313,8 @@ impl Communicator<Cpu> for Link {
 
     fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         let absent = steps.iter().flat_map(|step| self.behind(*step)).collect();
-        // A failure that arrived meanwhile is reported instead, because it is the cause.
+        // If another failure has arrived while this rank waited, returns that failure's error,
+        // because it is the cause.
         if let Some(error) = steps.iter().find_map(|step| Communicator::lost_at_step(self, call, *step)) {
             return error;
         }
