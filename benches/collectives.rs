@@ -1,9 +1,9 @@
 //! Collectives of thread ranks: time, bandwidth, and the number of wrong elements.
 //!
 //! `cargo bench --bench collectives [-- --quick] [--json FILE]`. All ranks repeat a collective in
-//! one group, and rank 0 times a batch between two barriers. `algbw` is the size of the whole
-//! tensor divided by the median time. `busbw` is algbw times the factor of nccl-tests: 2 (n − 1) /
-//! n for an all-reduce, (n − 1) / n for the other collectives.
+//! one group, and rank 0 times a batch of repetitions between two barriers. `algbw` is the size of
+//! the whole tensor divided by the median time. `busbw` is algbw times the factor of nccl-tests:
+//! 2 (n − 1) / n for an all-reduce, (n − 1) / n for the other collectives.
 
 use clap::Parser;
 use half::bf16;

@@ -3,11 +3,11 @@
 //!
 //! `cargo bench --bench decode [-- --json FILE]`
 //!
-//! In each round every case decodes some tokens. The bench reports the median over the rounds. Each
-//! token reads all weights once, which bounds the speed. "GB/s" is the rate of reading the weights
-//! and the KV cache. "of read" is the share of the rate at which the same number of threads can
-//! read from memory, measured at the start. (The share may exceed 100 % if the processor's
-//! last-level cache holds the weights.)
+//! In each round every case decodes some tokens. The bench reports the median over the rounds.
+//! Decoding a token reads all weights once, and these reads bound the speed. "GB/s" is the rate of
+//! reading the weights and the KV cache. "of read" is this rate as a share of the rate at which
+//! one thread per rank can read from memory, which the bench measures at the start. (The
+//! share may exceed 100 % if the processor's last-level cache holds the weights.)
 
 mod limits;
 
@@ -153,8 +153,8 @@ fn load<T: Element>(world: &Group<Cpu>, weights: &Weights<'_>) -> Result<Vec<Blo
     (0..LAYERS).map(|layer| Block::load(world, &weights.at(&layer.to_string()), &config)).collect()
 }
 
-/// Small weights that are fast to compute. They do not depend on the number of ranks, and the time
-/// of a product does not depend on their values.
+/// Small weights that are fast to compute. They do not depend on the number of ranks. Their values
+/// do not change the time of a matrix product.
 struct Ramp;
 
 impl WeightSource for Ramp {

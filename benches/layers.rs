@@ -5,11 +5,12 @@
 //!
 //! "of peak" is the share of the cores' rate of fused multiply-adds, which the bench measures at
 //! the start. "apart" is the largest difference between any rank's output or gradient and the
-//! result on one rank, relative to the largest number or 1. The bench fails if it exceeds 1e-4.
+//! result on one rank, divided by the largest number of that result or by 1, whichever is larger.
+//! The bench fails if "apart" exceeds 1e-4.
 //!
 //! In each round, every mode of a case (number of ranks, reduction) runs a short batch. The bench
-//! reports the median over the rounds. It computes ratios in each round, because the machine's
-//! speed changes from second to second.
+//! reports the median over the rounds. The cost of invariant sums is a ratio of two times of the
+//! same round, because the machine's speed changes from second to second.
 
 mod limits;
 

@@ -1,5 +1,5 @@
-//! Measures whether it pays to overlap chunked collectives with products, and from how many tokens
-//! on. Times the forward and backward of a feed-forward layer.
+//! Measures for which numbers of tokens it pays to overlap chunked collectives with matrix
+//! products. Times the forward and backward of a feed-forward layer.
 //!
 //! `cargo bench --bench overlap` on thread ranks. On processes over MPI: `cargo bench --features
 //! mpi --bench overlap --no-run`, then `mpirun -n 2` with the program that it prints.

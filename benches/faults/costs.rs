@@ -50,7 +50,8 @@ pub(crate) fn campaign() -> std::result::Result<(), Box<dyn std::error::Error>> 
     let mut over = false;
     for ranks in [2, 4, 8] {
         let calls: Vec<_> = (0..ranks).map(|_| call(3)).collect();
-        // Do the same as a rank: make the own call, and compare the calls of all ranks with it.
+        // Do what a rank does in a collective: describe its own call, and compare the calls of all
+        // ranks with it.
         let mut own = calls[0];
         let time = nanoseconds(|| {
             own = black_box(call(3));

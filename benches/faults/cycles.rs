@@ -14,14 +14,14 @@ use std::{
 };
 
 const RANKS: usize = 4;
-/// The ranks of one group in this many communicate over sockets. The ranks of the other groups use
+/// In one of every ten groups the ranks communicate over sockets. In all other groups they use
 /// shared memory.
 const OVER_SOCKETS: u64 = 10;
-/// The number of descriptors and threads that may be added, because some connections are still
-/// being closed.
+/// How many more descriptors, and how many more threads, the process may have at the end than after
+/// a tenth of the cycles. The limit is not 0, because some connections are still being closed.
 const SLACK: u64 = 4;
-/// The memory in bytes that may be added between a tenth of the cycles and the end. With 10,000
-/// cycles, a leak of 1 kB per cycle adds more.
+/// How many more bytes of memory the process may use at the end than after a tenth of the cycles. A
+/// leak of 1 kB per cycle exceeds this limit in 10,000 cycles.
 const GROWTH: u64 = 8 << 20;
 
 /// The resources of this process: open descriptors, threads, and bytes of memory.

@@ -17,8 +17,8 @@
 //! `--processes 100` (feature `cli`), `--nccl 100` (features `cli` and `nccl`; up to eight GPUs)
 //! and `--mpi 100` (feature `mpi`): ranks are processes. One rank panics, returns, fails, exits, is
 //! killed or is stopped. The last three faults may occur at any moment, also during a transfer. The
-//! job must name the right rank and end within a second, or within the deadline and a second if the
-//! rank was stopped.
+//! job must name the right rank and end within a second. If the rank was stopped, the job may take
+//! 1.1 deadlines longer than that.
 
 mod costs;
 mod cycles;
@@ -47,8 +47,8 @@ struct Args {
     /// The number of groups that are made, broken and dropped.
     #[arg(long, default_value_t = 1000)]
     cycles: u64,
-    /// Also checks the time limits of errors, of the comparison of calls and of the record of a
-    /// call. Needs an idle machine.
+    /// Also checks three times against their limits: the time until a rank receives an error, the
+    /// time to compare calls, and the time to record a call. Needs an idle machine.
     #[arg(long)]
     limits: bool,
     /// The number of faults on processes started by `shardwise launch`.
@@ -60,8 +60,8 @@ struct Args {
     /// The number of faults on processes of `shardwise launch` with one GPU each, over NCCL.
     #[arg(long, default_value_t = 0)]
     nccl: u64,
-    /// Only prints the error that rank 0 of two receives in each case of
-    /// `scripts/peers/gloo_faults.py`.
+    /// Only runs the cases of `scripts/peers/gloo_faults.py` on two ranks, and prints the error
+    /// that rank 0 receives in each case.
     #[arg(long)]
     table: bool,
     /// The seed of all random choices.

@@ -61,7 +61,7 @@ fn inject(fault: &str, time_file: &Path) -> Result<bool> {
     }
 }
 
-/// A random trial of at most four processes, or of eight with one GPU each.
+/// A random trial of at most four processes, or of at most eight processes with one GPU each.
 fn random_trial(seed: u64, number: u64, over_nccl: bool) -> Trial {
     Trial::random(seed, number, if over_nccl { 8 } else { 4 })
 }

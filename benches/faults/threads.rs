@@ -13,8 +13,8 @@ use std::{
 };
 
 const FAULTS: [&str; 3] = ["panic", "return", "error"];
-/// One trial in this many writes flight records, which must name the lost rank. The bench does not
-/// count the time of that trial, because the trial writes files.
+/// One of every ten trials writes flight records, which must name the lost rank. The bench does not
+/// count the times of these trials, because they write files.
 const RECORDED: u64 = 10;
 
 /// Injects faults. Returns an error if a surviving rank did not receive the lost rank's number.

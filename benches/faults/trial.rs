@@ -39,8 +39,8 @@ pub(crate) struct Trial {
     /// The number of collectives before `op`. Each has `len` elements.
     before: usize,
     len: usize,
-    /// Whether all ranks have made this collective before. Over NCCL, ranks then do not compare the
-    /// call first, so that they wait inside NCCL.
+    /// Whether all ranks have made the collective `op` before the fault. If so, ranks over NCCL do
+    /// not compare this call first, and wait for the lost rank inside NCCL.
     known: bool,
     random: Philox,
 }
@@ -66,7 +66,7 @@ impl Trial {
     }
 
     /// Runs the program of one rank. `inject` causes the fault of rank `culprit`. Returns `Ok` only
-    /// on that rank, if its fault is to return.
+    /// on rank `culprit`, and only if the fault is an early return.
     pub(crate) fn run<B: Pointwise>(
         &self,
         world: &Group<B>,

@@ -119,8 +119,8 @@ impl Bench {
         if self.quick { small } else { usual }
     }
 
-    /// Returns the number of tensors of this many bytes to use in turn, so that the next tensor is
-    /// in no cache.
+    /// Returns how many tensors of `bytes` bytes the calls should use in turn. With this number no
+    /// tensor is still in a cache when its turn comes again.
     pub(crate) fn copies(&self, bytes: usize) -> usize {
         if self.quick { 2 } else { (240_usize << 20).div_ceil(bytes) }
     }

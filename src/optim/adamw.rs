@@ -24,7 +24,8 @@ pub struct AdamWConfig {
     pub eps: f64,
     /// The weight decay.
     pub weight_decay: f64,
-    /// Whether vectors (biases, the scales of norms) decay. `false` by default.
+    /// Whether the weight decay also applies to vectors (biases, the scales of norms). `false` by
+    /// default.
     pub decay_vectors: bool,
 }
 
@@ -55,7 +56,7 @@ impl AdamWConfig {
         Self { weight_decay, ..self }
     }
 
-    /// Sets whether vectors decay.
+    /// Sets whether the weight decay also applies to vectors.
     pub fn with_decay_vectors(self, decay_vectors: bool) -> Self {
         Self { decay_vectors, ..self }
     }
@@ -102,8 +103,8 @@ impl<T: Element, B: Backend> AdamW<T, B> {
     /// Reads the state of these parameters from a source, such as a checkpoint of [`AdamW::state`]
     /// saved on any mesh. A parameter without state in the source starts without state.
     ///
-    /// Load the model first, because this replaces each master weight that does not round to the
-    /// parameter's current value by that value.
+    /// Load the model before its state: a master weight of the source is kept only if it rounds to
+    /// the parameter's current value. Otherwise the current value becomes the master weight.
     ///
     /// # Errors
     /// When the source has some but not all tensors of a parameter's state, or has them in another
@@ -131,14 +132,14 @@ impl<T: Element, B: Backend> AdamW<T, B> {
     }
 
     /// Lists the state of each parameter that has had a gradient or whose state was loaded, in the
-    /// order in which the states were made. All ranks that step the same parameters have the same
-    /// order.
+    /// order in which the states were made. All ranks that step the same parameters list the states
+    /// in the same order.
     ///
-    /// For a tensor `w` of the model the state is `adamw.m.w`, `adamw.v.w`, `adamw.master.w` of
-    /// bf16 and f16, and `adamw.step.w`, the number of steps, exact up to 2²⁴ in f32.
-    /// `adamw.step.w` has one element, and the rank that owns the first element of `w` owns it. The
-    /// others are partitioned and owned as `w` is. If the caller sets a listed parameter, the next
-    /// step uses the new value.
+    /// For a tensor `w` of the model the state has the tensors `adamw.m.w`, `adamw.v.w` and
+    /// `adamw.step.w`, and also `adamw.master.w` if `w` is bf16 or f16. `adamw.step.w` has one
+    /// element, the number of steps (exact up to 2²⁴ in f32). The rank that owns the first element
+    /// of `w` owns `adamw.step.w`. The other tensors of the state are partitioned and owned as `w`
+    /// is. If the caller sets a parameter of the returned list, the next step uses the new value.
     ///
     /// # Errors
     /// When the caller has set `adamw.step.w` to a value that is not a number of steps, or the

@@ -16,12 +16,13 @@
 //! # Ok::<(), Error>(())
 //! ```
 //!
-//! Gradients and the master weights of bf16 and f16 parameters have the accumulator type. After the
-//! caller sets a parameter's value, the next step updates its master weights.
+//! Gradients have the accumulator type, and so have the master weights that an optimizer keeps of
+//! bf16 and f16 parameters. After the caller sets a parameter's value, the next step updates the
+//! parameter's master weights.
 //!
-//! State is keyed by the parameter's name. [`AdamW::state`] lists the state as parameters, which
-//! [`crate::weights::save`] writes as the parameters of a model. [`AdamW::load`] reads the state on
-//! any mesh.
+//! State is keyed by the parameter's name. [`AdamW::state`] returns the state as a list of
+//! parameters, and [`crate::weights::save`] can write this list like the parameters of a model.
+//! [`AdamW::load`] reads the state on any mesh.
 
 mod adamw;
 mod learning_rate;
@@ -42,7 +43,7 @@ use std::{fmt::Display, ops::Range};
 /// Options of one parameter. The default keeps the options of the optimizer's configuration.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ParamGroup {
-    /// The factor of the learning rate.
+    /// The factor that multiplies the learning rate.
     pub lr_scale: f64,
     /// The weight decay of this parameter, also if it is a vector. `None` keeps the
     /// configuration's.

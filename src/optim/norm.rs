@@ -21,8 +21,8 @@ const OP: &str = "gradient norm";
 /// because its ranks have equal gradients after the reduction. Sums are in f64.
 ///
 /// Collectives: one all-gather over each group, of three numbers a rank. Over a group with
-/// [`Reduction::Invariant`], the all-gather also has one number for each canonical block. Of the
-/// groups with several ranks, only the tensor-parallel group may have an invariant reduction.
+/// [`Reduction::Invariant`], the all-gather also has one number for each canonical block. A
+/// pipeline-parallel group of several ranks must not have an invariant reduction.
 ///
 /// ```
 /// use shardwise::{optim::grad_norm, prelude::*};
@@ -40,11 +40,13 @@ const OP: &str = "gradient norm";
 /// ```
 ///
 /// # Errors
-/// When the ranks of the groups do not own every element of the given tensors exactly once. Then a
-/// group over which tensors are sharded is missing, or ranks of a given group own the same regions.
-/// When a collective fails, or the sum cannot be invariant. This function does not detect missing
-/// pipeline stages, tensors that no rank owns, and a whole tensor that several ranks own if their
-/// other tensors differ. [`crate::weights::save`] detects the last two.
+/// When the ranks of the groups do not own every element of the given tensors exactly once:
+/// `groups` lacks a group over which tensors are sharded, or ranks of a given group own the same
+/// regions. When a collective fails. When the sum cannot be invariant.
+///
+/// This function does not detect that a pipeline stage is missing, that no rank owns a tensor, or
+/// that several ranks own the whole of a tensor and differ in their other tensors.
+/// [`crate::weights::save`] detects the last two of these.
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Group<B>]) -> Result<f64> {
     let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
@@ -111,8 +113,9 @@ pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Grou
 #[derive(Debug, Default)]
 struct Owned {
     /// Σ f · (n − s) over the owned regions, modulo 2⁴⁰. f is a hash of the tensor's name, and n is
-    /// the region's number of elements. s is the tensor's number of elements if the region has its
-    /// first element, else 0. The sum over the ranks is 0 if ranks own every element exactly once.
+    /// the region's number of elements. s is the tensor's number of elements if the region has the
+    /// tensor's first element, else 0. The sum over the ranks is 0 if ranks own every element
+    /// exactly once.
     excess: u64,
     /// A hash of the owned regions, or 0 without owned regions.
     regions: u64,
@@ -142,9 +145,10 @@ impl Owned {
         }
     }
 
-    /// Returns the sum of `sums` over the ranks of a group. Sums the leaves along the tree and the
-    /// last sum of every rank in rank order, and adds both results. Also combines the ranks'
-    /// summaries.
+    /// Returns the sum of `sums` over the ranks of a group. Each rank's `sums` has one sum for each
+    /// of the rank's leaves, and a last one. Adds the sums of leaves along the tree, then adds the
+    /// last sums of all ranks in rank order, and returns the sum of the two results. Also combines
+    /// the ranks' summaries.
     #[track_caller]
     fn total<B: Backend>(&mut self, group: &Group<B>, tree: Option<&Tree>, sums: &[f64]) -> Result<f64> {
         let own = [sums, &[self.excess as f64, self.regions as f64]].concat();
@@ -182,8 +186,9 @@ impl Owned {
                 return Err(Error::invalid(OP, reason));
             }
         }
-        // The combined hash is equal on all ranks of this group. So every rank detects a later
-        // group whose ranks have combined the same regions.
+        // All ranks of this group compute the same combined hash. So if ranks of a later group own
+        // the same regions, their combined hashes are equal, and every rank of that group detects
+        // this.
         let regions: Vec<u64> =
             all.clone().map(|[_, regions]| regions).filter(|regions| *regions != 0).collect();
         self.regions = if regions.is_empty() { 0 } else { hash(regions) >> 24 | 1 };

@@ -100,7 +100,8 @@ impl<T: Element, B: Backend> Sgd<T, B> {
     }
 
     /// Lists the state of each parameter, as [`super::AdamW::state`]. For a tensor `w` of the model
-    /// the state is `sgd.velocity.w` with momentum, and `sgd.master.w` of bf16 and f16.
+    /// the state has `sgd.velocity.w` if the optimizer has momentum, and `sgd.master.w` if `w` is
+    /// bf16 or f16.
     ///
     /// # Errors
     /// When the device is out of memory.

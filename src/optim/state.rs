@@ -52,8 +52,8 @@ pub(super) struct States<T: Element, B: Device> {
     groups: Option<Box<dyn Fn(&Param<T, B>) -> ParamGroup>>,
 }
 
-/// The state of one parameter. Its tensors are `Param`s. All but `count` have the parameter's
-/// regions, with other tensor names.
+/// The state of one parameter. Its tensors are `Param`s. All of them but `count` have the
+/// parameter's regions, but tensor names of their own.
 #[derive(Debug)]
 pub(super) struct State<T: Element, B: Device> {
     /// The regions of the parameter.

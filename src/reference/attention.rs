@@ -31,9 +31,9 @@ pub struct AttentionSpec {
 ///
 /// Row `i` may attend to the rows of its own sequence. `valid`, if given, excludes the rows whose
 /// entry is false. Causal attention excludes the rows after `i`, and a window excludes the rows
-/// before it. Excluded rows have no influence, even if they are NaN or ∞. The output is 0 for a row
-/// that may attend to no row, and for a row outside every sequence. A row that is not valid still
-/// attends to valid rows.
+/// before the window. Excluded rows have no influence, even if they are NaN or ∞. The output is 0
+/// for a row that may attend to no row, and for a row outside every sequence. A row that is not
+/// valid still attends to valid rows.
 ///
 /// `q, out: [tokens, heads · head_dim]`, `k, v: [tokens, kv_heads · head_dim]`, head after head;
 /// `sequences`: disjoint ranges of rows; `valid: [tokens]`. Source: Vaswani et al., arXiv

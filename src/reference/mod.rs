@@ -7,8 +7,8 @@
 //! Activations are `[tokens, features]`, weights `[out, in]`, biases and norm parameters
 //! `[features]`. Most functions `f` have an `f_backward`, which takes the inputs of `f` and the
 //! gradient `dy` of a loss with respect to the output of `f`. `f_backward` recomputes the forward
-//! pass and returns the gradients of the loss with respect to the inputs. If shapes disagree,
-//! functions panic with the operator's name and both numbers.
+//! pass and returns the gradients of the loss with respect to the inputs. If two shapes disagree, a
+//! function panics with the operator's name and the two sizes that differ.
 //!
 //! | file | contents |
 //! |---|---|

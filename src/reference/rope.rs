@@ -6,9 +6,9 @@ use ndarray::Array2;
 /// `θ = positions[i] · frequencies[j]`, for row `i` and each pair `j` of features `a`, `b` of a
 /// head.
 ///
-/// Pair j has features 2 j and 2 j + 1 if `interleaved`, else j and j + `frequencies.len()`. Other
-/// features are copied. `m` is `magnitude`. `x, y: [tokens, heads · head_dim]`. Source: Su et al.,
-/// arXiv 2104.09864, section 3.2.2.
+/// Pair j has features 2 j and 2 j + 1 if `interleaved`, else j and j + `frequencies.len()`.
+/// Features that belong to no pair are copied. `m` is `magnitude`.
+/// `x, y: [tokens, heads · head_dim]`. Source: Su et al., arXiv 2104.09864, section 3.2.2.
 ///
 /// ```
 /// use ndarray::array;

@@ -10,7 +10,7 @@ use ndarray::{Array1, Array2, Zip};
 /// * A row without unmasked entries gives 0, not NaN.
 /// * If an unmasked entry is NaN or +∞, or all are -∞, the unmasked entries give NaN, as in
 ///   PyTorch.
-/// * An unmasked -∞ gives 0 if another entry is finite.
+/// * An unmasked -∞ gives 0 if the largest unmasked entry is finite.
 /// * Masked entries have no influence, even if they are NaN or +∞.
 ///
 /// ```

@@ -26,8 +26,8 @@ pub(super) fn loss(y: Array2<f64>, dy: &Array2<f64>) -> f64 {
     (y * dy).sum()
 }
 
-/// Asserts that the arrays agree to `tolerance`, relative to the largest `expected` value or 1. NaN
-/// never agrees.
+/// Asserts that the largest difference of the arrays is at most `tolerance` times the largest
+/// `expected` value, or at most `tolerance` if that value is below 1. NaN never agrees.
 pub(super) fn assert_close<D: Dimension>(
     what: &str,
     actual: &Array<f64, D>,

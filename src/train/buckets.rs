@@ -1,5 +1,5 @@
-//! Buckets: flat buffers of gradients. The reduction of a bucket starts once the bucket is full and
-//! the reductions of all buckets before it have started.
+//! Buckets: flat buffers of gradients. The reduction of a bucket starts as soon as the bucket is
+//! full and the reductions of all buckets before it have started.
 
 use crate::{
     comm::{Group, Pending, ReduceOp},
@@ -28,17 +28,17 @@ pub(super) enum Target {
 /// A bucket holds the gradients of some parameters contiguously. The first bucket has the gradients
 /// of the last parameters, which the backward finishes first. After the gradients, a bucket has a
 /// flag for each of its parameters: 1 if the rank has a gradient, else 0. The sum of a flag over
-/// the ranks is the number of ranks that have that gradient. Every rank starts the reductions in
-/// the order of the buckets, because all ranks need the same order of collectives, but may fill the
-/// buckets in different orders.
+/// the ranks is the number of ranks that have that gradient. The ranks may fill the buckets in
+/// different orders. But every rank starts the reductions in the order of the buckets, because all
+/// ranks have to make their collectives in the same order.
 pub(super) struct Buckets<T: Element, B: Device> {
     group: Group<B>,
     target: Target,
     /// For each parameter, its bucket, its offset in the bucket, and its number of elements.
     places: Vec<(usize, usize, usize)>,
     lengths: Vec<usize>,
-    /// For each parameter, the tree over the terms of all replicas. Set with an invariant
-    /// reduction, unless every tree has two replicas with one sub-tree each.
+    /// For each parameter, the tree over the terms of all replicas. `None` without an invariant
+    /// reduction, and also if every tree has two replicas with one sub-tree each.
     trees: Option<Vec<Tree>>,
     round: RefCell<Option<Round<T, B>>>,
 }
@@ -220,12 +220,13 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         Ok(all.to_vec()?.into_iter().rev().collect())
     }
 
-    /// Waits for all reductions and sets the parameters' gradients to the results. Clears the
-    /// gradients if another rank is the root. A parameter has no gradient afterwards if no rank has
-    /// one.
+    /// Waits for all reductions and sets the parameters' gradients to the results. If the target is
+    /// one rank, clears the gradients on all ranks but that one. If no rank had a gradient of a
+    /// parameter, the parameter has none afterwards.
     ///
-    /// If no backward has finished a gradient since `begin`, the gradient accumulated before is
-    /// reduced. A rank without a gradient, for example without samples, contributes zeros.
+    /// If no backward has finished a gradient since `begin`, the gradient that was accumulated
+    /// before `begin` is reduced. A rank without a gradient, for example without samples,
+    /// contributes zeros.
     pub(super) fn finish(&self, params: &[Param<T, B>]) -> Result<()> {
         const OP: &str = "data parallel";
         // `settle` ends a step with fewer microbatches than set, so that its gradients become
@@ -301,8 +302,8 @@ fn flag<T: Element>(present: bool) -> T::Acc {
 /// A sink that forwards to another sink and copies a complete gradient to its bucket.
 pub(super) struct Bucket<T: Element, B: Backend> {
     sum: Box<dyn GradSink<T::Acc, B>>,
-    /// The buckets, which the [`super::DataParallel`] owns. After its drop, this sink only
-    /// forwards.
+    /// The buckets, which the [`super::DataParallel`] owns. After the `DataParallel` is dropped,
+    /// this sink only forwards to the other sink.
     buckets: Weak<Buckets<T, B>>,
     /// The index of the parameter.
     number: usize,

@@ -32,9 +32,9 @@ pub enum GradReduce {
 /// gradients of the replicas are reduced during each backward.
 ///
 /// Each gradient is copied to a flat bucket when the backward finishes it. Buckets take the
-/// parameters in reverse order, because a backward usually finishes the last parameters first. Each
-/// bucket is reduced once it is full, while the backward continues. All ranks start the reductions
-/// in the order of the buckets. Gradients keep the accumulator type.
+/// parameters in reverse order, because a backward usually finishes the last parameters first. The
+/// reduction of a bucket starts when the bucket is full, and runs while the backward continues. All
+/// ranks start the reductions in the order of the buckets. Gradients keep the accumulator type.
 ///
 /// Gradients of backwards before [`DataParallel::begin`] only accumulate (PyTorch's `no_sync`). The
 /// backward between `begin` and [`DataParallel::finish`] adds to them, and their sum is reduced:
@@ -55,8 +55,8 @@ pub enum GradReduce {
 /// ```
 ///
 /// With a *central aggregator* ([`DataParallel::central`]) gradients are reduced to one rank. That
-/// rank steps the optimizer, and [`DataParallel::publish`] broadcasts its parameters. The
-/// parameters have the same bits as without an aggregator.
+/// rank, the aggregator, steps the optimizer, and [`DataParallel::publish`] broadcasts the
+/// aggregator's parameters. The parameters have the same bits as without an aggregator.
 ///
 /// With [`Reduction::Invariant`] on the group, a gradient has one term for each microbatch and use.
 /// Call [`crate::tensor::Param::set_microbatches`] before [`DataParallel::new`]. The terms of all
@@ -93,8 +93,9 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     ///
     /// # Errors
     /// When the ranks hold different parameters or different regions of a parameter, as in a
-    /// tensor-parallel group; when a parameter has no dense store (pass only the others); when a
-    /// sink cannot sum along a tree, which an invariant reduction needs; when a collective fails.
+    /// tensor-parallel group; when a parameter has no dense store (do not pass such parameters);
+    /// when the group has an invariant reduction and a parameter's sink cannot sum along a tree;
+    /// when a collective fails.
     #[track_caller]
     pub fn new(group: &Group<B>, params: &[Param<T, B>]) -> Result<Self> {
         Self::with(group, params, None, BUCKET)
@@ -277,8 +278,8 @@ fn check_regions<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>
 fn broadcast<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>], root: usize) -> Result<()> {
     let _site = Site::here().enter();
     params.iter().try_for_each(|param| {
-        // The root keeps its value and revision, and so its optimizer keeps its more precise master
-        // weights.
+        // The root does not change the revision of its value. So the root's optimizer keeps its
+        // master weights, which are more precise than the value.
         if group.rank() != root {
             param.renew();
         }

@@ -41,7 +41,7 @@ use std::{
 ///
 /// # Errors
 /// [`Error::Drift`] on every rank, with the first tensor and rank that differ.
-/// [`Error::Unsupported`] on a device without values. When a collective fails.
+/// [`Error::Unsupported`] on a device without values. The error of a collective that fails.
 #[track_caller]
 pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Group<B>) -> Result<()> {
     let _site = Site::here().enter();

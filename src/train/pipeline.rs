@@ -37,7 +37,8 @@ pub trait PipelineEnds<S: ResidualStream, T: Element, B: Backend> {
     /// Those of the implementation; [`Pipeline::run`] returns them.
     fn input(&mut self, number: usize, microbatch: &Microbatch) -> Result<DTensor<S, T, B>>;
 
-    /// Receives the gradient of that input. Only the first rank calls it.
+    /// Receives the gradient of the loss with respect to the input of microbatch number
+    /// `microbatch`. Only the first rank calls it.
     ///
     /// # Errors
     /// Those of the implementation; [`Pipeline::run`] returns them.
@@ -55,8 +56,8 @@ pub trait PipelineEnds<S: ResidualStream, T: Element, B: Backend> {
 ///
 /// Each rank of the pipeline group holds `chunks` layers (usually [`Vec`]s of layers) and runs
 /// microbatches through them in the order of a [`Schedule`]. The layers of a stage may be tensor
-/// parallel over `tensor`. Each rank of `tensor` exchanges its shard with the same rank of the
-/// neighbouring stage.
+/// parallel over `tensor`. Each rank of `tensor` exchanges its shard with the rank that has the
+/// same number in the tensor-parallel group of the neighbouring stage.
 ///
 /// Collectives: exchanges between neighbours, one activation and one gradient for each microbatch
 /// and stage boundary.
@@ -73,7 +74,7 @@ pub struct Pipeline<B: Backend> {
 
 impl<B: Backend> Pipeline<B> {
     /// Makes a pipeline over `group`, whose stages exchange tensors of `width` features. Every rank
-    /// of the group has to call this, because it splits the group.
+    /// of the group has to call `new`, because `new` splits the group.
     ///
     /// # Errors
     /// When the schedule has another number of ranks than the group or cannot be run; when a group
@@ -262,8 +263,8 @@ impl<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out =
             None => None,
         };
         let incoming = receive.map(|message| -> Result<_> {
-            // An activation has the shape of the stage's input, and a gradient the shape of its
-            // output.
+            // An activation has the shape of the receiving stage's input. A gradient has the shape
+            // of the receiving stage's output.
             let boundary = match message.pass {
                 Pass::Forward => message.stage,
                 Pass::Backward => message.stage + 1,

@@ -8,9 +8,9 @@ use std::ops::Range;
 /// The order of an epoch is a function of the seed and the epoch. Batch b has samples b · batch ..
 /// (b + 1) · batch of that order. The last batch may be shorter. Each batch is partitioned over the
 /// ranks as evenly as possible. So no sample is dropped, repeated or padded, and a batch does not
-/// depend on the number of ranks. Ranks may have different numbers of samples, even none. Use the
-/// number of samples as the weight of [`GradReduce::Mean`](super::GradReduce::Mean), or divide the
-/// loss by the size of the batch.
+/// depend on the number of ranks. Ranks may have different numbers of samples, even none. Use this
+/// rank's number of samples as the weight of [`GradReduce::Mean`](super::GradReduce::Mean), or
+/// divide the loss by the size of the batch.
 ///
 /// ```
 /// let sampler = shardwise::train::ShardedSampler { samples: 10, batch: 4, shuffle: Some(7) };
@@ -46,7 +46,8 @@ impl ShardedSampler {
         order
     }
 
-    /// Returns the range of [`ShardedSampler::order`] with a rank's samples of a batch.
+    /// Returns the samples of rank `rank` in batch number `batch`, as a range of indices of
+    /// [`ShardedSampler::order`].
     pub fn range(&self, batch: usize, rank: usize, ranks: usize) -> Range<usize> {
         let start = (batch * self.batch).min(self.samples);
         let len = self.batch.min(self.samples - start);

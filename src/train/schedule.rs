@@ -59,8 +59,9 @@ pub enum Action {
 /// |---|---|---|
 /// | [`Schedule::gpipe`] | microbatches | Huang et al., 2019 |
 /// | [`Schedule::one_forward_one_backward`] | ranks − r | Narayanan et al., 2019: 1F1B |
-/// | [`Schedule::interleaved`] | more; 1F1B's bubble / `chunks` | Narayanan et al., 2021: 2.2 |
+/// | [`Schedule::interleaved`] | more than with 1F1B | Narayanan et al., 2021: 2.2 |
 ///
+/// The bubble (idle time) of the interleaved schedule is the bubble of 1F1B divided by `chunks`.
 /// All three schedules sum gradients in the order of the microbatches, so all give the same bits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
@@ -173,8 +174,8 @@ impl Schedule {
     /// the order of these times, so all ranks follow one global order of events.
     ///
     /// # Errors
-    /// When a pass is out of range, missing, occurs twice, or waits for a pass that waits for it (a
-    /// deadlock).
+    /// When a pass is out of range, is missing or occurs twice, or when two passes wait for each
+    /// other, directly or through other passes (a deadlock).
     pub fn actions(&self) -> Result<Vec<Vec<Action>>> {
         let starts = self.starts()?;
         let mut events: Vec<Vec<(u64, u8, Action)>> = vec![Vec::new(); self.ranks];

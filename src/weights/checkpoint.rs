@@ -20,10 +20,11 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// One call reads ranges of a region that are less than this many bytes apart in the file,
-/// including the gap. The limit is a page, because a disk reads the gap anyway, and copying the gap
-/// from memory costs less than another call. Reads of 512-byte ranges are six times as fast. A
-/// larger limit gains little, and reads the shards of other ranks.
+/// If the gap in the file between two ranges of a region has fewer bytes than this, one call reads
+/// both ranges and the gap. The limit is a page: a disk reads a gap within a page anyway, and
+/// copying the gap from memory costs less than a second call. Reads of 512-byte ranges are six
+/// times as fast as with one call for each range. A larger limit would gain little, and would read
+/// the shards of other ranks.
 const GAP: usize = 4096;
 
 /// The maximal length of one read in bytes, and of the buffer between file and tensor.
@@ -36,9 +37,9 @@ const TRIES: usize = 4;
 ///
 /// [`WeightSource::read`] reads the bytes of a region, and the gaps of less than 4096 bytes between
 /// the region's ranges. For a range of rows it reads exactly the region's bytes. For a range of
-/// columns it reads at most 4095 more bytes for each row. [`Checkpoint::bytes_read`] counts the
-/// bytes. Stored f64, f32, bf16 and f16 are converted to the requested element type, rounded to
-/// nearest if that type is narrower.
+/// columns it reads, in addition to the region's bytes, at most 4095 bytes for each row.
+/// [`Checkpoint::bytes_read`] counts the bytes. Stored f64, f32, bf16 and f16 are converted to the
+/// requested element type, rounded to nearest if that type is narrower.
 ///
 /// Ranks on several threads can share one checkpoint by reference.
 ///

@@ -7,8 +7,8 @@
 //! the next one begins:
 //!
 //! 1. Write the tensors to `model-<id>-00001-of-00003.safetensors` and so on, or to one file with a
-//!    temporary name, and the configuration to `config-<id>.json`. No reader opens files with these
-//!    names yet.
+//!    temporary name. Write the configuration to `config-<id>.json`. No reader opens files with
+//!    these names yet.
 //! 2. Rename the single file to `model.safetensors`. With several files, write an index under a
 //!    temporary name and rename it to `model.safetensors.index.json`. The metadata of an index has
 //!    the id. The metadata of a single file has the id only if there is a configuration. The rename

@@ -48,8 +48,8 @@ impl Entry {
     }
 }
 
-/// Returns the text of the header, and the number of bytes after the first 8. `before` is the total
-/// length of the headers of this checkpoint that were read before.
+/// Returns the text of the header, and the number of bytes that the file has after its first 8
+/// bytes. `before` is the total length of the headers of this checkpoint that were read before.
 fn text(file: &DataFile, before: u64) -> Result<(Vec<u8>, u64)> {
     let Some(after) = file.len().checked_sub(8) else {
         return Err(file.bad(format!("{} bytes are too few for a safetensors file", file.len())));

@@ -18,8 +18,8 @@ use std::{
 /// The maximal length of an index in bytes, enough for some hundred thousand tensors.
 const MAX_INDEX: u64 = 32_000_000;
 
-/// The maximal length in bytes of a value other than the map. Other values are free text, such as
-/// the recipe of a model merge.
+/// The maximal length in bytes of a value other than `weight_map`. Such values are free text, such
+/// as the recipe of a model merge.
 const MAX_OTHER_VALUE: usize = 1 << 20;
 
 /// The maximal number of files of a checkpoint. All files are open at the same time.

@@ -72,11 +72,12 @@ pub fn save<T: Element, B: Backend>(
 /// a configuration is given. Transformers can read these files too.
 ///
 /// **Atomicity.** An existing checkpoint stays until the new one is complete on the disk, and is
-/// then replaced at once. The save may fail, for example because the disk is full, or the process
-/// may be killed. Then [`Checkpoint::open`] and [`ModelConfig::read`] find the complete old
-/// checkpoint or the complete new one, tensors and configuration. The next save removes the files
-/// of a killed save. Other readers open only `config.json`. If the process is killed between two
-/// renames, other readers find new weights with the old configuration until the next save.
+/// then replaced at once. If the save fails, for example because the disk is full, or if the
+/// process is killed, [`Checkpoint::open`] and [`ModelConfig::read`] find the tensors and the
+/// configuration of the old checkpoint, or those of the new one, but never a mixture. The next save
+/// removes the files of a killed save. Other readers open only `config.json`. If the process is
+/// killed between two renames, other readers find new weights with the old configuration until the
+/// next save.
 ///
 /// The files of the old checkpoint are removed, including files `model-00001-of-00003.safetensors`
 /// of other programs. Files with other names stay.
@@ -118,7 +119,7 @@ impl<'a> Save<'a> {
     }
 
     /// Sets the maximal size of a file in bytes of tensors, by default 4 GiB. A tensor larger than
-    /// that has a file of its own.
+    /// `bytes` has a file of its own.
     pub fn max_shard(self, bytes: usize) -> Self {
         Self { max_shard: bytes, ..self }
     }
@@ -136,11 +137,14 @@ impl<'a> Save<'a> {
     /// 50 ms, so that the other ranks' deadlines do not pass on a slow disk.
     ///
     /// # Errors
-    /// On every rank: [`Error::Io`] with the path of the file when the first rank cannot write or
-    /// another save is writing to the folder (its `kind` is `Other` on the other ranks);
-    /// [`Error::Sizes`] when no rank owns an element; [`Error::Invalid`] when several ranks own an
-    /// element; [`Error::Shapes`] when ranks have a tensor in different shapes; and when a
-    /// collective fails.
+    /// Every rank returns the error:
+    /// * [`Error::Io`] with the path of the file: the first rank cannot write, or another save is
+    ///   writing to the folder. On all ranks but the first, `kind` is `Other`.
+    /// * [`Error::Sizes`]: no rank owns an element.
+    /// * [`Error::Invalid`]: several ranks own an element.
+    /// * [`Error::Shapes`]: ranks have a tensor in different shapes.
+    /// * [`Error::Unsupported`]: the device stores no values.
+    /// * The error of a collective that fails.
     #[track_caller]
     pub fn write<T: Element, B: Backend>(self, group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
         let _site = Site::here().enter();
@@ -295,8 +299,8 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-/// Gathers one tensor, a few rows at a time. Appends the tensor to `host` on the rank that passes
-/// it.
+/// Gathers one tensor, a few rows at a time. On the rank where `host` is given, appends the tensor
+/// to `host`.
 fn gather<T: Element, B: Backend>(
     group: &Group<B>,
     params: &[Param<T, B>],

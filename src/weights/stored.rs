@@ -33,14 +33,15 @@ macro_rules! stored {
     };
 }
 
-// f32 holds every bf16 and f16, and both accumulator types hold every f32. So only `narrow` rounds,
-// and `narrow` is fast.
+// f32 holds every bf16 and f16, and both accumulator types hold every f32. So the conversion of an
+// f32, bf16 or f16 rounds only in `narrow`, which is fast.
 stored!(f64, self => T::from_f64(self));
 stored!(f32, self => T::narrow(T::Acc::from_f64(self.to_f64())));
 stored!(bf16, self => self.to_f32().convert());
 stored!(f16, self => self.to_f32().convert());
 
-/// Fills `out` with converted elements. Elements of the same type keep their bits.
+/// Fills `out` with converted elements. If `S` and `T` are the same type, the elements keep their
+/// bits.
 pub(super) fn decode<S: Stored, T: Element>(bytes: &[u8], out: &mut [T]) {
     let elements = bytes.chunks_exact(size_of::<S>()).map(S::from_bytes);
     if let Some(same) = T::any_mut::<Cpu>(&mut *out).of::<S>() {

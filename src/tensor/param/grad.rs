@@ -30,9 +30,9 @@ impl<A: Element, B: Backend> Gradient<A, B> {
 }
 
 impl<T: Element, B: Backend> Param<T, B> {
-    /// Sums the gradient along a tree from now on. `blocks` lists the regions of the parameter in
-    /// each of this rank's canonical blocks. `None` means that every rank holds the whole
-    /// parameter.
+    /// Sums the gradient along a tree from now on. `blocks` has one list for each of this rank's
+    /// canonical blocks: the regions of the parameter in that block. `None` means that every rank
+    /// holds the whole parameter.
     pub(crate) fn sum_in_tree(&self, blocks: Option<Vec<Vec<BlockRegion>>>) {
         self.0.0.grad.borrow_mut().sink = Box::new(sink::Tree::new(self.name(), 0, 1));
         self.0.0.blocks.get_or_init(|| blocks);
@@ -62,11 +62,11 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.0.0.grad.borrow().sink.replicated(self.name(), replica, replicas)
     }
 
-    /// Sets the number of microbatches of a step. Each has its own backward, which adds to the
-    /// gradient. A `count` of 0 means 1. With [`crate::shard::Reduction::Invariant`] the gradients
-    /// of a step are summed along one tree. [`DataParallel`](crate::train::DataParallel) reduces
-    /// the gradient after the last microbatch. Make the `DataParallel` after this call, because its
-    /// constructor reads `count`.
+    /// Sets the number of microbatches of a step. Each microbatch has its own backward, which adds
+    /// to the gradient. A `count` of 0 means 1. With [`crate::shard::Reduction::Invariant`] the
+    /// gradients of a step are summed along one tree. [`DataParallel`](crate::train::DataParallel)
+    /// reduces the gradient after the last microbatch. Make the `DataParallel` after this call,
+    /// because its constructor reads `count`.
     pub fn set_microbatches(&self, count: usize) {
         self.0.0.grad.borrow_mut().microbatches = count;
     }
@@ -121,7 +121,7 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// Adds one term, a sum over `tokens` tokens. `grad` computes the sum over a range of tokens.
     ///
     /// # Errors
-    /// As `grad` and the sink.
+    /// When `grad` or the sink fails.
     pub(crate) fn add_grad_over(
         &self,
         tokens: usize,
@@ -138,7 +138,7 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// place over a range of tokens. β is 0 for a new sum and 1 otherwise.
     ///
     /// # Errors
-    /// As `write` and the sink.
+    /// When `write` or the sink fails.
     pub(crate) fn add_product_over(
         &self,
         tokens: usize,
@@ -171,7 +171,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.check_sum(&mut grad.sum)
     }
 
-    /// Checks the shape of the sum that a sink has computed. Clears a sum of another shape.
+    /// Checks that the sum that a sink has computed has the parameter's shape. Otherwise clears the
+    /// sum.
     fn check_sum(&self, sum: &mut GradSum<T::Acc, B>) -> Result<()> {
         let checked = sum.total.as_ref().map_or(Ok(()), |sum| self.check_grad(sum));
         if checked.is_err() {
@@ -205,8 +206,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         Ok(())
     }
 
-    /// Moves out this replica's partial sums of the gradient, one for each of its sub-trees of the
-    /// tree over all replicas. Returns an empty list before the first backward.
+    /// Moves out this replica's partial sums of the gradient, one for each sub-tree that the
+    /// replica has in the tree over all replicas. Returns an empty list before the first backward.
     pub(crate) fn take_terms(&self) -> Vec<Tensor<T::Acc, B>> {
         let sum = &mut self.0.0.grad.borrow_mut().sum;
         let partials = std::mem::take(&mut sum.partials);

@@ -123,24 +123,27 @@ impl<T: Element, B: Backend> Param<T, B> {
 
     /// Returns a handle for another layer that uses the same weight, such as an output head that
     /// shares the embedding's weight. While that handle or a clone of it exists, each microbatch
-    /// adds one more term to the gradient. A clone does not count as another use.
+    /// adds one more term to the gradient. A clone of a handle is the same use as the handle
+    /// itself.
     ///
-    /// [`DataParallel`](crate::train::DataParallel) with an invariant reduction counts the uses
-    /// when it is made, so call this before.
+    /// Call this before the parameter is passed to a [`DataParallel`](crate::train::DataParallel)
+    /// with an invariant reduction, because `DataParallel::new` counts the uses.
     pub fn tie(&self) -> Self {
         Self(Rc::new(Use(self.0.0.clone())))
     }
 
     /// Returns the site that errors of this parameter's collectives name: the path of its layer, or
-    /// the caller's line if the path is empty. The path is the common prefix of its tensors' names
-    /// without their last segments. A parameter without tensors uses its own name instead.
+    /// the caller's line if the path is empty. The path is what the names of the parameter's
+    /// tensors, without their last segments, have in common at the start. A parameter without
+    /// tensors uses its own name instead of tensor names.
     #[track_caller]
     pub fn site(&self) -> Site {
         if self.0.0.layer.is_empty() { Site::here() } else { Site::InLayer(self.0.0.layer) }
     }
 
-    /// Returns the current value. The tensor shares the memory of a dense store. If it still exists
-    /// at the optimizer's next step, that step copies the value before it writes.
+    /// Returns the current value. The tensor shares the memory of a dense store. If the returned
+    /// tensor still exists at the optimizer's next step, the step copies the value before it
+    /// writes.
     ///
     /// # Errors
     /// As [`Store::value`].
@@ -158,8 +161,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.0.0.store.borrow().rows(ids)
     }
 
-    /// Replaces the value. An optimizer's next step copies the new value to its master weights. It
-    /// keeps each master weight that still rounds to the new element.
+    /// Replaces the value. An optimizer's next step keeps each master weight that rounds to the new
+    /// element, and replaces each master weight that does not by the new element.
     ///
     /// # Errors
     /// When the shape differs, or the store cannot be written.

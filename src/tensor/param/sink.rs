@@ -40,8 +40,8 @@ pub(super) type AddTokens<'a, A, B> = &'a mut dyn FnMut(Range<usize>, &mut Sum<A
 /// parameter's element type.
 ///
 /// A sink that wraps another sink forwards every call to it. A sink must not call its parameter's
-/// `grad`, `add_grad`, `zero_grad`, …, because the parameter has borrowed the gradient and the call
-/// panics.
+/// `grad`, `add_grad`, `zero_grad`, …, because these methods panic while the parameter runs the
+/// sink.
 pub trait GradSink<A: Element, B: Device> {
     /// Adds the gradient of one use of the parameter.
     ///

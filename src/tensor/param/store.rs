@@ -14,8 +14,9 @@ use crate::{
 /// store that can be trained. [`Param::set_store`](super::Param::set_store) sets another store, for
 /// example of quantized integers and scales. A store must not read or set its own parameter.
 pub trait Store<T: Element, B: Device> {
-    /// Returns all elements, in the parameter's shape. A layer drops the tensor after the product,
-    /// so a computed tensor needs memory only during the product.
+    /// Returns all elements, in the parameter's shape. A layer drops the tensor after its matrix
+    /// product. So a tensor that the store computes, for example from quantized integers, needs
+    /// memory only during the product.
     ///
     /// # Errors
     /// When the device fails or is out of memory.
@@ -25,7 +26,8 @@ pub trait Store<T: Element, B: Device> {
     /// for a row that another rank holds. `y: [ids.len(), cols]`.
     ///
     /// # Errors
-    /// When another id is not a row of the table; when the device fails or is out of memory.
+    /// When an id other than [`NO_ROW`](crate::kernels::NO_ROW) is not a row of the table; when the
+    /// device fails or is out of memory.
     fn rows(&self, ids: &[u32]) -> Result<Tensor<T, B>>;
 
     /// Returns the elements for writing if the store is a dense tensor.
