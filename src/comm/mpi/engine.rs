@@ -22,14 +22,15 @@ use std::{
 
 /// The number of tags of one group. Groups that share a pair of ranks have different tag blocks.
 pub(super) const TAGS: i32 = 4096;
-/// A rank's calls, in order. The last message states that the rank has left or that the group is
-/// broken.
+/// The tag of a rank's calls, in order. The rank's last message with this tag states that the rank
+/// has left or that the group is broken.
 pub(super) const CALL: i32 = 0;
 /// The text of a call, sent only if the ranks' calls differ.
 pub(super) const CALL_TEXT: i32 = 1;
 /// A message from one rank to another.
 pub(super) const MESSAGE: i32 = 2;
-/// The first tag for the data of collectives. The sequence number selects the tag.
+/// The first tag for the data of collectives. The number of the collective in its group selects the
+/// tag.
 pub(super) const DATA: i32 = 3;
 
 /// An operation that advances when messages arrive.
@@ -66,8 +67,9 @@ struct State {
     live: HashSet<u64>,
     /// One more than the highest tag block used so far.
     blocks: u64,
-    /// The world rank and reason of the first loss that this rank has received. This rank may leave
-    /// because of that loss, so it reports the loss to the other ranks when it leaves.
+    /// The first lost rank that this rank knows of: its world rank, and the reason of the loss.
+    /// This rank may leave because of that loss. So it names the lost rank to the other ranks when
+    /// it leaves.
     first_loss: Option<(usize, LostReason)>,
     /// The senders of messages that this rank will never read.
     unread: Vec<usize>,
@@ -113,7 +115,8 @@ impl Engine {
         }
     }
 
-    /// Takes the next message with this sender and tag, once all its fragments have arrived.
+    /// Removes the next message with this sender and tag from the queue and returns it. Returns
+    /// none unless all fragments of the message have arrived.
     pub(super) fn take(&self, from: usize, tag: i32) -> Option<Message> {
         let mut state = self.state.borrow_mut();
         let queue = state.inbox.get_mut(&(from, tag))?;
@@ -130,7 +133,8 @@ impl Engine {
         Some(Message(numbers))
     }
 
-    /// Reads the next message with this sender and tag, without removing it from the queue.
+    /// Reads the first fragment of the next message with this sender and tag. The message stays in
+    /// the queue.
     pub(super) fn first<R>(
         &self,
         from: usize,
@@ -142,7 +146,8 @@ impl Engine {
         read(first.fragments.first_mut()?.numbers()?)
     }
 
-    /// Reads the last message with this sender and tag, without removing it from the queue.
+    /// Reads the first fragment of the last message with this sender and tag. The message stays in
+    /// the queue.
     pub(super) fn last<R>(&self, from: usize, tag: i32, read: impl FnOnce(&[u64]) -> Option<R>) -> Option<R> {
         let mut state = self.state.borrow_mut();
         let last = state.inbox.get_mut(&(from, tag))?.back_mut()?;
@@ -187,8 +192,9 @@ impl Engine {
         self.progress();
     }
 
-    /// Makes progress until `done` returns a value. Returns none once the deadline has passed since
-    /// this call began and since `moved`, the time of the last progress.
+    /// Makes progress until `done` returns a value. Returns none if the deadline has passed both
+    /// since this call began and since the last progress. `moved` returns the time of the last
+    /// progress.
     pub(super) fn wait<R>(
         &self,
         moved: impl Fn() -> Option<Instant>,
@@ -222,7 +228,8 @@ impl Engine {
     pub(super) fn join(&self, group: Weak<dyn Close>, block: u64, ranks: &[usize]) {
         let mut state = self.state.borrow_mut();
         state.blocks = state.blocks.max(block + 1);
-        // If a rank of the new group was recorded as lost, that rank has only left another group.
+        // If the recorded lost rank is in the new group, it has only left an earlier group. So this
+        // clears the record.
         state.first_loss.take_if(|(rank, _)| ranks.contains(rank));
         state.groups.retain(|group| group.strong_count() > 0);
         state.groups.push(group);
@@ -246,7 +253,8 @@ impl Engine {
         }
     }
 
-    /// Returns the error of a message that this rank never received, after all ranks have left.
+    /// Returns the error of a message that arrived, but for which this rank did not call
+    /// `exchange`. Returns none if there is no such message. Call this after all ranks have left.
     pub(super) fn unread(&self) -> Option<Error> {
         let state = self.state.borrow();
         let waiting = |((from, tag), queue): (&(usize, i32), &VecDeque<Fragments>)| {
@@ -256,12 +264,12 @@ impl Engine {
         Some(never_received(from, self.rank(), "it arrived, but this rank did not call `exchange` for it"))
     }
 
-    /// Records a loss that this rank has received, unless an earlier loss is recorded.
+    /// Records that this rank knows of a lost rank, unless an earlier loss is recorded.
     pub(super) fn record_loss(&self, rank: usize, loss: LostReason) {
         self.state.borrow_mut().first_loss.get_or_insert((rank, loss));
     }
 
-    /// Returns the first loss of another rank that this rank has received.
+    /// Returns the first lost rank that this rank knows of, and the reason of the loss.
     pub(super) fn first_loss(&self) -> Option<(usize, LostReason)> {
         self.state.borrow().first_loss
     }
@@ -273,8 +281,8 @@ impl Engine {
     }
 
     /// Informs all ranks that this rank leaves. Then waits until `staying` is empty and nothing is
-    /// in progress, at most for the deadline and for `patience`. After that time, returns the ranks
-    /// that stay as the error.
+    /// in progress. The wait takes at most the deadline, and at most `patience` if it is given. If
+    /// the wait ends without success, the error lists the ranks that stay.
     pub(super) fn leave(
         &self,
         staying: impl Fn() -> Vec<usize>,
@@ -287,8 +295,8 @@ impl Engine {
             self.wait(|| None, || self.state.borrow().flights.is_empty().then_some(()));
         }
         let groups: Vec<_> = self.state.borrow().groups.iter().filter_map(Weak::upgrade).collect();
-        // The world closes last: a rank that receives its message has received all earlier
-        // messages.
+        // The world closes last. So a rank that receives this rank's last message in the world has
+        // received all its earlier messages.
         for group in groups.iter().rev() {
             group.close(self, loss);
         }

@@ -4,9 +4,10 @@
 //!    bytes, payloads travel with the calls. No other data moves before the comparison. If the
 //!    calls differ, rank 0 and the first rank that differs send their calls as text, and all ranks
 //!    get the same error.
-//! 2. **Shards**: if a payload is longer, every rank sends each other rank the data that it needs.
-//! 3. **Sums**: in an all-reduce every rank has now reduced one chunk of the tensor. It sends this
-//!    chunk to the others.
+//! 2. **Shards**: if a payload is longer, every rank sends to each other rank the data that the
+//!    receiver needs.
+//! 3. **Sums**: in an all-reduce every rank has reduced one chunk of the tensor in stage 2. It
+//!    sends this chunk to the other ranks.
 //!
 //! The ranks' terms are added in rank order, so sums have the bits of thread ranks.
 
@@ -43,7 +44,7 @@ pub(super) enum Task {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Stage {
     Calls,
-    /// The calls of rank 0 and of this rank of the group differ.
+    /// The call of rank 0 differs from the call of the rank with this number.
     Dispute(usize),
     Shards,
     Sums,
@@ -195,7 +196,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         rows.flat_map(|row| &row[columns.clone()]).copied().collect()
     }
 
-    /// Sends every other rank the data that it needs from this rank.
+    /// Sends to every other rank the part of this rank's data that the receiver needs.
     fn send_shards(&self, engine: &Engine) {
         let tag = self.tag(0);
         let send =
@@ -218,7 +219,8 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         self.members.peers().for_each(|peer| self.members.send(engine, peer, tag, &message));
     }
 
-    /// Takes the messages of a stage that have arrived. Returns whether all have arrived.
+    /// Moves the messages of a stage that have arrived from the queue to `received`. Returns
+    /// whether all messages of the stage have arrived.
     fn collect(
         &self,
         engine: &Engine,

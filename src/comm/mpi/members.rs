@@ -95,8 +95,9 @@ impl Members {
         self.peers().for_each(|peer| self.send(engine, peer, CALL, &message));
     }
 
-    /// Takes the next call of a rank. Returns its fingerprint, the numbers of messages that the
-    /// rank sent and received before it, and the message.
+    /// Removes the next call of a rank from the queue, if it has arrived. Returns the call's
+    /// fingerprint, the numbers of messages that the rank sent and received before the call, and
+    /// the message that carries the call.
     pub(super) fn take_call(&self, engine: &Engine, peer: usize) -> Option<(u64, [u64; 2], Message)> {
         // A departure or a disagreement is a rank's last message, and stays in the queue.
         let calls = |message: &[u64]| Some(head::<4>(message)?[0] == KIND_CALL);
@@ -125,8 +126,8 @@ impl Members {
         rank == self.rank || self.loss(engine, rank).is_some()
     }
 
-    /// Returns the reason for which a rank left, and the first lost rank that its message names,
-    /// with that rank's reason.
+    /// Returns the reason for which a rank left. If its last message names a lost rank, also
+    /// returns that lost rank and the reason of the loss.
     fn loss(&self, engine: &Engine, rank: usize) -> Option<(LostReason, Option<(usize, LostReason)>)> {
         engine.last(self.ranks[rank], self.tag(CALL), |message| {
             let [kind, loss, root, how] = head(message)?;

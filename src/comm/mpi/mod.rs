@@ -1,8 +1,8 @@
 //! Ranks as processes that an MPI library connects: [`crate::launch::Mpi`].
 //!
-//! MPI only moves bytes between two processes, by messages that never block inside MPI
-//! (`engine.rs`). This module compares calls before data moves, sums in rank order, reports ranks
-//! that leave, and keeps deadlines.
+//! MPI only moves bytes between two processes. The calls that send and receive these bytes never
+//! block inside MPI (`engine.rs`). This module compares calls before it writes results, sums in
+//! rank order, reports ranks that leave, and keeps deadlines.
 
 mod engine;
 mod flight;
@@ -30,11 +30,12 @@ use std::{rc::Rc, time::Duration};
 /// The communicator carries tensors of any size and gives the same bits as thread ranks. Every rank
 /// sends to every other rank, so groups should have at most a few dozen ranks.
 ///
-/// * If ranks disagree, every rank gets [`Error::Mismatch`] before data moves.
+/// * If ranks disagree, every rank gets [`Error::Mismatch`], and no rank gets a result.
 /// * If a rank returns, fails or panics, every rank that still needs it gets [`Error::PeerLost`].
 /// * If a process is killed or exits, the MPI launcher ends the job.
 /// * If a process is stopped or does not arrive, the other ranks get [`Error::Deadline`], which
-///   names it. If data is in transit then, the job ends (`MPI_Abort`) with the same text on stderr.
+///   names the rank of that process. If data is in transit at that time, the job ends
+///   (`MPI_Abort`), and stderr shows the text of the error.
 /// * A started collective makes progress during any call of this process on any group, like MPI's
 ///   nonblocking collectives.
 pub struct MpiComm {
@@ -69,9 +70,9 @@ impl Universe {
         MpiComm { engine: Rc::clone(&self.world.engine), members: Rc::clone(&self.world.members) }
     }
 
-    /// Leaves all groups, and finalizes MPI once all ranks have left. If some do not leave, ends
-    /// the job with `error`, or else with an error that names them. Returns the error of a message
-    /// that this rank never received.
+    /// Leaves all groups. Finalizes MPI after all ranks have left. If some ranks do not leave, ends
+    /// the job and prints `error`, or, without an `error`, one that names these ranks. Returns the
+    /// error of a message that this rank never received, if there is one.
     pub(crate) fn end(self, loss: LostReason, error: Option<&Error>) -> Option<Error> {
         // After a deadline this rank has already waited for the missing ranks. It waits only a
         // moment more, so that the other ranks can report.

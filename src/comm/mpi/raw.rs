@@ -74,7 +74,7 @@ impl WorldComm {
         let request = request::scope(|scope| {
             let request = process.immediate_send_with_tag(scope, &numbers[range], tag);
             // SAFETY: the numbers outlive the request. The message keeps a shared reference until
-            // the request is complete, so they stay unchanged. If the message is dropped before,
+            // the request is complete, so they stay unchanged. If the message is dropped earlier,
             // the numbers leak.
             unsafe { request.into_raw().0 }
         });
@@ -88,7 +88,7 @@ impl WorldComm {
         let request = request::scope(|scope| {
             let request = message.immediate_matched_receive_into(scope, &mut numbers[..]);
             // SAFETY: the numbers outlive the request. The message owns them, untouched, until the
-            // request is complete. If the message is dropped before, the numbers leak.
+            // request is complete. If the message is dropped earlier, the numbers leak.
             unsafe { request.into_raw().0 }
         });
         let pending = PendingMessage { request: Some(request), numbers: Rc::new(numbers) };

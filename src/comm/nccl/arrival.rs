@@ -50,8 +50,8 @@ impl Arrival {
         self.steps().find_map(|step| liveness.lost_at_step(&self.call, step))
     }
 
-    /// Breaks the control group, because this rank has waited for `after`. Returns the error, which
-    /// names the ranks that have not arrived.
+    /// Breaks the control group, because this rank has waited for the time `after`. Returns the
+    /// error, which names the ranks that have not arrived.
     pub(super) fn give_up(&self, control: &dyn Communicator<Cpu>, after: Duration) -> Error {
         control.give_up(&self.call, &self.steps().collect::<Vec<_>>(), after)
     }
@@ -61,13 +61,13 @@ impl Arrival {
         liveness.give_up(&self.call, &self.steps().collect::<Vec<_>>(), after)
     }
 
-    /// Explains an NCCL error: returns the loss of a rank, if the control group reports one within
-    /// [`REPORT_DELAY`]. Otherwise returns `error`.
+    /// Explains an NCCL error: returns the loss of a rank, if the control group reports a lost rank
+    /// within [`REPORT_DELAY`]. Otherwise returns `error`.
     pub(super) fn explain(&self, control: &dyn Communicator<Cpu>, error: Error) -> Error {
         match error {
             Error::Library { .. } => {}
             // The watchdog may have found this error. `obstacle` makes the control group record
-            // that this rank has received it.
+            // that this rank knows of the lost rank.
             Error::PeerLost { .. } | Error::Deadline { .. } => {
                 return self.obstacle(control).unwrap_or(error);
             }
@@ -83,8 +83,8 @@ impl Arrival {
         error
     }
 
-    /// Returns a check for a loop that waits for NCCL. The check fails if a rank is lost, or once
-    /// the deadline has passed.
+    /// Returns a check for a loop that waits for NCCL. The check fails if a rank is lost or the
+    /// deadline has passed.
     pub(super) fn poll<'a>(
         &'a self,
         control: &'a dyn Communicator<Cpu>,

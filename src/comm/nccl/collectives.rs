@@ -1,6 +1,6 @@
-//! Collectives on shards of any partition. Shards of equal length use NCCL's own collective, and
-//! other shards a broadcast or reduction for each rank. Max, min and sums in rank order use
-//! point-to-point messages.
+//! Collectives on shards of any partition. Shards of equal length use NCCL's own collective. Shards
+//! of unequal length use one broadcast or one reduction for each rank. Max, min and sums in rank
+//! order use point-to-point messages.
 
 use super::{Nccl, NcclDevice, Order, arrival::Arrival};
 use crate::{

@@ -10,9 +10,10 @@ pub type MakeCurrent = Arc<dyn Fn() -> Result<()> + Send + Sync>;
 ///
 /// # Safety
 /// `address` and `address_mut` return the address of the view's first element. The memory there
-/// holds as many elements as the view has. A library that works on `stream` may read it, and after
-/// `address_mut` also write it. A handle's memory is freed only after all work that was launched on
-/// the handle's stream before. `wait_event` makes all later work of the handle wait for the event.
+/// holds as many elements as the view has. A library that works on `stream` may read this memory.
+/// If the address came from `address_mut`, the library may also write it. Memory that a handle
+/// allocated is freed only after the work that was launched on the handle's stream before the
+/// memory was dropped. `wait_event` makes all later work of the handle wait for the event.
 #[allow(unsafe_code)]
 pub unsafe trait NcclDevice: Pointwise {
     /// A point in a stream's work.
@@ -46,19 +47,20 @@ pub unsafe trait NcclDevice: Pointwise {
     fn is_complete(&self, event: &Self::Event) -> Result<bool>;
 
     /// Registers a function that this handle's thread calls repeatedly while it waits for the
-    /// device, and once after the wait. If `poll` returns an error, the waiting call returns that
-    /// error. The handle keeps only a weak reference to `poll`.
+    /// device, and one more time after the wait. If `poll` returns an error, the waiting call
+    /// returns that error. The handle keeps only a weak reference to `poll`.
     fn poll_while_waiting(&self, poll: &Rc<dyn Fn() -> Result<()>>);
 
-    /// Returns the handle that allocated a view's memory, if events of this handle do not order
-    /// that handle's work. Otherwise returns none.
+    /// Returns the handle that allocated a view's memory, if an operation on the view has to wait
+    /// for the stream of that handle. Returns none if this handle allocated the memory, or if the
+    /// owner of both handles already orders their work by events.
     ///
     /// # Errors
     /// When the memory belongs to another device.
     fn foreign_stream<T: Element>(&self, slice: Self::Slice<'_, T>) -> Result<Option<Self>>;
 
-    /// to ← the reduction of `ranks` terms in rank order, computed in the accumulator. The result
-    /// has the bits of thread ranks. The terms are stored one after another.
+    /// to ← the reduction of `ranks` terms in rank order, computed with values of the accumulator
+    /// type. The result has the bits of thread ranks. The terms are stored one after another.
     ///
     /// # Errors
     /// When the device returns an error.

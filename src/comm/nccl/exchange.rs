@@ -9,7 +9,7 @@ use crate::{
 use half::{bf16, f16};
 
 impl<B: NcclDevice> Nccl<B> {
-    /// Sends to one rank and receives from another in one NCCL group.
+    /// Makes one NCCL group that sends to a rank, receives from a rank, or does both.
     pub(super) fn send_recv(
         &self,
         call: &Call,

@@ -37,8 +37,8 @@ impl<B: NcclDevice> Nccl<B> {
         let (stream, computed) = (self.stream(), self.device.record_event()?);
         stream.wait_event(&computed)?;
         if last.is_none() && foreign.iter().flatten().next().is_none() {
-            // The event is read only while this collective is the oldest one. Earlier work of the
-            // communication stream has then finished.
+            // The event is read only while this collective is the oldest pending one. Earlier work
+            // of the communication stream has then finished.
             return Ok(computed);
         }
         last.map_or(Ok(()), |last| last.make_wait(stream))?;
@@ -46,7 +46,8 @@ impl<B: NcclDevice> Nccl<B> {
         stream.record_event()
     }
 
-    /// Returns the handle that allocated a view's memory, if its stream needs a separate wait.
+    /// Returns the handle that allocated a view's memory, if the stream of that handle needs a
+    /// separate wait.
     pub(super) fn foreign_stream(&self, view: AnyRef<'_, B>) -> Result<Option<B>> {
         each_dtype!(AnyRef, view, view => self.device.foreign_stream(view))
     }
@@ -97,7 +98,8 @@ impl<B: NcclDevice> Nccl<B> {
         ExternalStep { work: hash((self.id, from, to)), number: *count - 1, with: Some(with) }
     }
 
-    /// Launches `act`, this rank's work for an arrival. The event `begin` precedes the work.
+    /// Calls `act`, which launches this rank's work for the call of `at`. The event `begin`
+    /// precedes the work.
     pub(super) fn launch(
         &self,
         at: Arrival,

@@ -6,23 +6,25 @@
 //! NCCL, or receive each other's bytes.
 //!
 //! * The ranks compare the first call of each kind on the control group, and at least every
-//!   `check_every`-th call. A comparison includes a hash of the calls since the last one. Ranks of
-//!   one process compare every call.
+//!   `check_every`-th call. A comparison includes a hash of the calls since the last comparison.
+//!   Ranks of one process compare every call.
 //! * Collectives run on the communicator's own stream. This communication stream waits for earlier
 //!   work of the compute stream, and later work of the compute stream waits for the collective. The
 //!   host thread waits only for the control group, and for NCCL while NCCL connects the ranks.
 //! * Each rank records on the control group which collective it has reached. So the other ranks
 //!   know whether a rank left before a collective that needs it, and errors name the ranks that
 //!   have not arrived.
-//! * A rank polls its communicator while it waits for its device. If a rank is lost, NCCL reports
-//!   an error, or a collective runs longer than the deadline, the polling rank aborts the
-//!   communicator. The waiting call and every later call return that error. A rank inside a call of
-//!   NCCL or of the driver cannot poll, so a watchdog thread polls for it (`watchdog.rs`).
+//! * A rank polls its communicator while it waits for its device. The polling rank aborts the
+//!   communicator in three cases: a rank is lost, NCCL reports an error, or a collective runs
+//!   longer than the deadline. The waiting call and every later call then return the error of that
+//!   case. A rank inside a call of NCCL or of the driver cannot poll, so a watchdog thread polls
+//!   for it (`watchdog.rs`).
 //! * A rank's collectives run one after another in call order, across all of its communicators.
-//!   Otherwise the kernels of two collectives could start in different orders on two ranks. If a
-//!   device cannot run both kernels at once, each would wait for a kernel that the other keeps from
-//!   starting. Point-to-point messages involve only two ranks, so they do not wait for the
-//!   collectives of other communicators.
+//!   Otherwise two ranks could start the kernels of two collectives in opposite orders. If the
+//!   devices cannot run both kernels at once, the ranks would deadlock: on each rank, the running
+//!   kernel waits for its counterpart on the other rank, which cannot start there. Point-to-point
+//!   messages involve only two ranks, so they do not wait for the collectives of other
+//!   communicators.
 
 mod api;
 mod arrival;
@@ -73,9 +75,9 @@ impl Group<Cpu> {
     /// new group.
     ///
     /// After an aborted collective, tensors may hold incomplete results. So every call that waits
-    /// for `device` returns the error as long as the new group exists. If the group is dropped
-    /// before any call has returned the error, such calls return it forever: continue with a new
-    /// device handle.
+    /// for `device` returns the error of the abort as long as the new group exists. If the group is
+    /// dropped before any call has returned this error, calls that wait for `device` return it
+    /// forever. Then continue with a new device handle.
     ///
     /// # Errors
     /// When there is no NCCL of version 2.18 or later (`SHARDWISE_NCCL` may name its file), NCCL
@@ -94,7 +96,8 @@ impl Group<Cpu> {
 /// One rank's communicator of a group over NCCL.
 pub struct Nccl<B: NcclDevice> {
     state: Rc<State<B>>,
-    /// The function that device handles call while the rank waits. They hold it by weak references.
+    /// The function that device handles call while the rank waits. The handles hold only weak
+    /// references to it.
     poll: Rc<dyn Fn() -> Result<()>>,
     control: Rc<dyn Communicator<Cpu>>,
     device: B,

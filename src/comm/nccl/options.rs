@@ -5,14 +5,14 @@ use std::time::Duration;
 /// The order in which a group computes sums. Max and min do not depend on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
-    /// NCCL adds in its own order and rounding, which is fastest. Runs on one machine usually give
+    /// NCCL chooses the order and the rounding. This is fastest. Runs on one machine usually give
     /// the same bits, but NCCL does not guarantee this.
     #[default]
     Any,
-    /// The ranks' terms are added in rank order, in the accumulator, and rounded once: the bits of
-    /// thread ranks. For this, every rank receives all ranks' terms of its shard and sums them. In
-    /// an all-reduce the ranks then gather the sums, so it moves the bytes of a reduce-scatter and
-    /// an all-gather.
+    /// The ranks' terms are added in rank order, as values of the accumulator type. Only the sum is
+    /// rounded to the element type. This gives the bits of thread ranks. Every rank receives all
+    /// ranks' terms of its shard and sums them. In an all-reduce the ranks then gather the sums, so
+    /// an all-reduce moves as many bytes as a reduce-scatter and an all-gather together.
     Ranks,
 }
 

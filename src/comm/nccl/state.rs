@@ -18,10 +18,10 @@ use std::{
 /// A collective or message on the communication stream, like PyTorch's `Work`.
 pub(super) struct Work<B: NcclDevice> {
     at: Arrival,
-    /// The event after which the collective can start, once the communication stream has finished
-    /// its earlier work.
+    /// The collective can start after this event and after the earlier work of the communication
+    /// stream.
     begin: B::Event,
-    /// The event after the collective. It is set once the whole collective is launched.
+    /// The event after the collective. It is set after the whole collective was launched.
     end: OnceCell<B::Event>,
     /// When a poll first saw that the collective can run.
     since: Cell<Option<Instant>>,
@@ -112,7 +112,7 @@ impl<B: NcclDevice> State<B> {
     }
 
     /// Removes finished collectives and checks the oldest pending one. Traces a failure as an error
-    /// of that collective, because the waiting call may not be a call of the group.
+    /// of the oldest collective, because the waiting call may not be a call of the group.
     fn check_pending(&self) -> Result<()> {
         loop {
             let oldest = self.pending.borrow().front().cloned();
@@ -132,8 +132,8 @@ impl<B: NcclDevice> State<B> {
         }
     }
 
-    /// Returns the loss for which the watchdog aborted. A later collective than `oldest` may be the
-    /// one that needs the lost rank.
+    /// Returns the loss of the rank because of which the watchdog aborted the communicator. Checks
+    /// all pending collectives, because one after `oldest` may need the lost rank.
     fn find_loss(&self, oldest: &Arrival, error: Error) -> Error {
         let pending = self.pending.borrow();
         let loss = pending.iter().find_map(|work| work.at.obstacle(&*self.control));
@@ -157,8 +157,8 @@ impl<B: NcclDevice> State<B> {
         Ok(())
     }
 
-    /// Ends the group. If the error is that a rank has left, pending collectives may still finish,
-    /// so they are not aborted.
+    /// Ends the group. If a rank was lost for the reason `LostReason::Left`, pending collectives
+    /// may still finish, so they are not aborted.
     pub(super) fn fail(&self, error: Error) -> Error {
         if matches!(error, Error::PeerLost { reason: LostReason::Left, .. }) {
             return self.failed.borrow_mut().get_or_insert(error).clone();

@@ -3,15 +3,15 @@
 //! A rank polls its communicator while it waits for its device. It cannot poll inside an NCCL call
 //! that waits for peers. Nor can it poll inside a driver call that waits for the device, while a
 //! collective on the device waits for peers. So one thread of the process polls for all its ranks.
-//! If a rank is lost, or has not arrived by the deadline, the watchdog aborts the communicator,
-//! which ends the call.
+//! If a rank is lost, or has not arrived by the deadline, the watchdog aborts the communicator. The
+//! abort ends the call.
 //!
 //! The watchdog makes no driver call, because the rank that it watches may hold the driver's lock.
 //! So it cannot see which work the device has finished, and uses arrivals instead. A collective can
-//! run once all ranks have arrived at it and at all earlier ones. From then on the watchdog acts
-//! only on a lost rank, or on an NCCL error of a blocking communicator. It applies no deadline
-//! then, because a rank that does not poll may simply be computing. For a rank inside an NCCL call,
-//! the deadline counts from the start of the call.
+//! run as soon as all ranks have arrived at it and at all earlier collectives. From then on the
+//! watchdog acts only on a lost rank, or on an NCCL error of a blocking communicator. It applies no
+//! deadline then, because a rank that does not poll may simply be computing. For a rank inside an
+//! NCCL call, the deadline counts from the start of the call.
 
 use super::{Options, arrival::Arrival, raw::SharedComm};
 use crate::{
@@ -29,8 +29,8 @@ use std::{
 /// The time between two polls of the watchdog.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// The watchdog polls for a rank that has not polled for this long, because the rank may be inside
-/// a driver call. The watchdog also waits this long before it asks for arrivals again.
+/// The watchdog polls on behalf of a rank that has not polled for this long, because the rank may
+/// be inside a driver call. The watchdog also waits this long before it asks for arrivals again.
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// A communicator that the watchdog watches.
@@ -48,7 +48,8 @@ struct Rank {
     inside: Option<(Arrival, Instant)>,
     /// The collectives that are not known to be finished, oldest first.
     pending: VecDeque<Arrival>,
-    /// The number of the oldest `pending` collectives at which all ranks have arrived.
+    /// The number of `pending` collectives at which all ranks have arrived. These are the oldest
+    /// ones.
     arrived: usize,
     /// The start of the wait for arrivals at the next collective.
     since: Instant,
@@ -140,8 +141,9 @@ impl Watchdog {
         let failed = self.blocking.then(|| self.comm.check()).and_then(Result::err);
         let reason = failed.or_else(|| match &self.liveness {
             Some(liveness) => self.reason(&**lock(liveness), inside, &pending),
-            // This control group cannot report arrivals, so the watchdog knows only the time in the
-            // call. It does not know whether the device has finished a collective.
+            // This control group cannot report arrivals, so the watchdog knows only how long the
+            // rank has been inside the call. It does not know whether the device has finished a
+            // collective.
             None => inside.filter(|(_, since)| since.elapsed() > self.deadline).map(|_| {
                 Error::invalid("NCCL", format!("a call into NCCL has taken longer than {:?}", self.deadline))
             }),

@@ -44,7 +44,7 @@ impl Barrier {
         self.arrivals.load(Ordering::Acquire) & BROKEN != 0
     }
 
-    /// Arrives at the next round; none if the group is broken.
+    /// Arrives at the next round and returns it. Returns none if the group is broken.
     ///
     /// Every rank that finds the round complete sees this rank's earlier writes, because the
     /// successive arrivals form one release sequence.
@@ -62,8 +62,8 @@ impl Barrier {
         Some(self.arrived(count))
     }
 
-    /// Arrives at the next round and waits until it is complete, even if the group is broken. Only
-    /// for a second round: R4.
+    /// Arrives at the next round and waits until it is complete, even if the group is broken. Call
+    /// this only for a second round: R4.
     pub(super) fn finish(&self) {
         let count = self.arrivals.fetch_add(1, Ordering::AcqRel);
         let round = self.arrived(count & !BROKEN);
@@ -205,8 +205,9 @@ mod loom_tests {
         });
     }
 
-    /// Each rank writes its cell before the first round. All ranks read all cells after it, and
-    /// write again after the second round. Loom's cells report a write that could overlap a read.
+    /// Each rank writes its cell before the first round. After the first round every rank reads all
+    /// cells. After the second round each rank may write its cell again. Loom's cells report a
+    /// write that could overlap a read.
     fn zero_copy(barrier: &Barrier, cells: &Cells, rank: usize, turns: u32) {
         for turn in 1..=turns {
             #[allow(unsafe_code)]
@@ -246,8 +247,8 @@ mod loom_tests {
         });
     }
 
-    /// Rank 0 gives up on a round at which rank 1 may arrive. Both agree on whether the round took
-    /// place.
+    /// Rank 0 gives up on a round at which rank 1 may arrive. Both ranks agree on whether the round
+    /// took place.
     #[test]
     fn loom_complete_or_broken_never_both() {
         explore(2, 3, |barrier, cells, rank| {

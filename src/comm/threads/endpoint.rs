@@ -28,8 +28,8 @@ impl Drop for Endpoint {
     }
 }
 
-/// The groups that one thread has joined. When the thread ends, it leaves all of them with the
-/// reason, even a group whose communicator was leaked.
+/// The groups that one thread has joined. When the thread ends, it leaves all these groups and
+/// states the reason. It leaves even a group whose communicator was leaked.
 #[derive(Debug, Default)]
 pub(crate) struct JoinedGroups(RefCell<Vec<(Weak<Shared>, usize)>>);
 

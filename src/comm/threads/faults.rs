@@ -86,8 +86,8 @@ mod tests {
         is_peer_lost(act(&comm, op, len));
     }
 
-    /// The declared shards decide whether there is a second round. Without that round, other ranks
-    /// could read data that is longer than declared after its owner has returned.
+    /// The declared shards decide whether there is a second round. Without a second round, an owner
+    /// whose data is longer than declared could return while other ranks still read that data.
     #[test]
     fn data_longer_than_the_parts_say_are_refused_on_every_rank() {
         static DATA: [f32; 70_000] = [1.0; 70_000];

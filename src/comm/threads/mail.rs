@@ -32,7 +32,7 @@ impl Message {
         never_received(from, to, &what)
     }
 
-    /// Returns a mismatch if element or shape differ from the ones that rank `to` expects.
+    /// Returns a mismatch if the element type or the shape differs from what rank `to` expects.
     pub(super) fn mismatch(&self, call: &Call, to: usize, recv: &Incoming<'_, Cpu>) -> Option<Mismatch> {
         let (sent, expected) = (self.data.as_ref().dtype(), recv.data.dtype());
         if sent == expected && self.shape == recv.shape {

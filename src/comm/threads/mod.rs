@@ -47,8 +47,8 @@ use std::{cell::Cell, rc::Rc, sync::Arc, time::Duration};
 /// ```
 pub struct ThreadComm {
     endpoint: Endpoint,
-    /// The number of this rank's operations on the barrier, then the number of its started
-    /// collectives.
+    /// The number of this rank's operations on the barrier so far. `flights` is the number of
+    /// collectives that this rank has started.
     operations: Cell<u64>,
     flights: Cell<u64>,
     groups: Rc<JoinedGroups>,
@@ -72,8 +72,8 @@ impl ThreadComm {
         Rc::clone(&self.groups)
     }
 
-    /// Publishes, waits for the other ranks and compares the calls. Returns the operation's number,
-    /// which selects the publications in the slots.
+    /// Calls `publish` with the operation's number, waits for the other ranks, and compares the
+    /// calls. Returns the number, which selects the publications in the slots.
     fn synchronize(&self, call: &Call, publish: impl FnOnce(u64)) -> Result<u64> {
         let at = self.operations.get();
         if self.endpoint.shared.barrier.is_broken() {
@@ -109,9 +109,9 @@ impl ThreadComm {
             ));
         }
         // SAFETY: this rank owns its slot and has passed the first round of the previous operation.
-        // `data` is borrowed until this function returns. If `data` is not copied, that is after
-        // the second round, because `longest` is at least its size, as checked above, and the same
-        // on every rank.
+        // `data` is borrowed until this function returns. If `data` is not copied, this function
+        // returns only after the second round or a broken first round: `longest` is at least the
+        // size of `data`, as checked above, and is the same on every rank.
         #[allow(unsafe_code)]
         let at =
             self.synchronize(call, |at| unsafe { slots[self.endpoint.rank].publish_ref(at, call, data) })?;

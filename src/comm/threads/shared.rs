@@ -27,7 +27,8 @@ const SPINS: u32 = if cfg!(shuttle) { 0 } else { 20_000 };
 /// How long a rank waits at the barrier before it reports its wait: R9.
 const REPORT_AFTER: Duration = Duration::from_millis(1);
 
-/// How long after a rank dropped a group the other ranks wait for the reason why it ended: R7.
+/// How long the other ranks wait for the reason why a rank ended, counted from the time when that
+/// rank dropped the group: R7.
 const REASON_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// A group of threads.
@@ -37,14 +38,16 @@ pub(super) struct Shared {
     deadline: Duration,
     pub(super) barrier: Barrier,
     pub(super) slots: Box<[Slot]>,
-    /// Notified when a rank has posted, sent, left or reported a wait, and when the group breaks.
+    /// Notified when a rank has posted an input, sent a message, left, or reported a wait. Also
+    /// notified when the group breaks.
     news: Event,
     /// For each receiver, its messages by sender.
     mail: Box<[Mutex<Mailbox>]>,
     /// Started collectives to which some ranks have not posted yet, by their number among the
     /// group's started collectives.
     flights: Mutex<HashMap<u64, Arc<Flight>>>,
-    /// The ranks' requests to a split, and the groups that the split created, by color.
+    /// The ranks' requests to a split. `subgroups` holds the groups that the split created, by
+    /// color.
     requests: Mutex<Vec<Option<SplitRequest>>>,
     subgroups: Mutex<HashMap<u64, Arc<Shared>>>,
     /// For each rank, the number of external steps that it has reached, by `ExternalStep::work`.
@@ -55,8 +58,8 @@ pub(super) struct Shared {
     spins: u32,
     /// The group's failures, in order. The first failure broke the group.
     failures: Mutex<Vec<Failure>>,
-    /// By rank, the call and round of each rank that has waited at the barrier for
-    /// [`REPORT_AFTER`], then the number of such ranks: R9.
+    /// By rank, the call and round of each rank that has waited at the barrier for [`REPORT_AFTER`]
+    /// or longer: R9. `waiting_count` is the number of such ranks.
     waiting: Mutex<Vec<Option<(Call, Round)>>>,
     waiting_count: AtomicUsize,
     /// Whether a rank has panicked between the rounds of an operation, so that results are
@@ -147,8 +150,8 @@ impl Shared {
 
     /// Posts a rank's input to the group's started collective with this number.
     pub(super) fn post(&self, call: &Call, number: u64, rank: usize, input: HostVec) -> Result<Arc<Flight>> {
-        // A rank that left in order is no obstacle here, because it may have posted before. `wait`
-        // checks that.
+        // A rank that left without a failure is no obstacle here, because it may have posted its
+        // input before it left. `wait` checks whether it has.
         if let Some(error) = self.obstacle(call, Vec::new) {
             return Err(error);
         }
@@ -200,8 +203,8 @@ impl Shared {
         Error::Mismatch(mismatch)
     }
 
-    /// Rank `rank` waits until `done` returns a value. It breaks the group if that takes longer
-    /// than the deadline. `missing` returns the ranks that it still waits for.
+    /// Rank `rank` waits until `done` returns a value. It breaks the group if the wait takes longer
+    /// than the deadline. `missing` returns the ranks that `rank` still waits for.
     pub(super) fn wait_for<R>(
         &self,
         call: &Call,
@@ -300,7 +303,8 @@ impl Shared {
         self.panicked.store(true, Ordering::Release);
     }
 
-    /// Whether the group ended without a failure: ranks only left it in order.
+    /// Whether the group ended without a failure: no rank failed, and no rank left because another
+    /// rank was lost.
     fn ended_well(&mut self) -> bool {
         let failures = self.failures.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
         let in_order = |failure: &Failure| match failure {
@@ -310,8 +314,9 @@ impl Shared {
         failures.iter().all(in_order)
     }
 
-    /// Returns an error, after a second round, if a rank panicked in the operation. The panic is of
-    /// this operation, because no rank passes a later first round before this rank arrives there.
+    /// Returns an error, after a second round, if a rank panicked in the operation. The panic
+    /// happened in this operation, because no rank passes the first round of a later operation
+    /// before this rank arrives at it.
     pub(super) fn check_complete(&self, call: &Call) -> Result<()> {
         if self.panicked.load(Ordering::Acquire) { Err(self.first_failure(call)) } else { Ok(()) }
     }
@@ -341,8 +346,8 @@ impl Shared {
     }
 
     /// Returns the reason why a rank was lost. A rank that returns an error drops its groups before
-    /// its launcher sees the error, so this waits up to [`REASON_TIMEOUT`] for the reason. Without
-    /// one, the rank has only left the group.
+    /// its launcher sees the error, so this waits up to [`REASON_TIMEOUT`] for the reason. If no
+    /// reason arrives, the rank has only left the group.
     fn reason(&self, lost: &Departure) -> LostReason {
         let reported = || departure(&mut self.lock(&self.failures), lost.rank)?.reason;
         let patience = REASON_TIMEOUT.min(self.deadline).saturating_sub(lost.since.elapsed());
@@ -409,8 +414,8 @@ impl Shared {
 }
 
 impl Drop for Shared {
-    /// Records messages that were never received, unless the group failed, because the failure
-    /// explains them.
+    /// Records messages that were never received. Records none if the group failed, because the
+    /// failure explains them.
     fn drop(&mut self) {
         if !self.ended_well() {
             return;
@@ -428,7 +433,7 @@ impl Drop for Shared {
     }
 }
 
-/// Reports a rank's wait at the barrier to the other ranks until it is dropped: R9.
+/// While this value exists, the other ranks can see that a rank waits at the barrier: R9.
 struct BarrierWait<'a>(&'a Shared, usize);
 
 impl<'a> BarrierWait<'a> {

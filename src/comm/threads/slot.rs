@@ -99,7 +99,8 @@ impl Slot {
     /// Publishes a call with data that the other ranks will write.
     ///
     /// # Safety
-    /// As [`Slot::publish_ref`].
+    /// As [`Slot::publish`]. The owner must neither move nor touch `data`, whatever its length,
+    /// until the operation's second round is complete or its first round is broken.
     pub(super) unsafe fn publish_mut<T: Element>(&self, at: u64, call: &Call, data: &mut [T]) {
         // SAFETY: the caller promises that no rank reads the publication: R1.
         unsafe {
@@ -140,7 +141,7 @@ impl Slot {
     /// Returns a range, for reading, of the buffer published for operation `at`.
     ///
     /// # Safety
-    /// Only between the rounds of operation `at`. The owner published the buffer by
+    /// The caller is between the rounds of operation `at`. The owner published the buffer by
     /// [`Slot::publish_mut`], and no rank but the caller touches the range between the rounds: R5.
     pub(super) unsafe fn range<T: Element>(&self, at: u64, start: usize, len: usize) -> &[T] {
         // SAFETY: the caller promises exclusive access. `range_start` asserts that the range is

@@ -2,8 +2,8 @@
 //!
 //! A process creates one context for each GPU and keeps it. The driver may wait until the GPU is
 //! idle when it loads or unloads a module, or allocates or frees pinned memory. While a collective
-//! on the GPU waits for another rank, the GPU is not idle. So `Cuda::new` loads and allocates
-//! before there are collectives, and nothing is freed.
+//! on the GPU waits for another rank, the GPU is not idle. So `Cuda::new` loads modules and
+//! allocates pinned memory before there are collectives, and both stay until the process ends.
 
 use super::{
     families::{FAMILIES, Family, KERNELS, Kernel},
@@ -238,8 +238,8 @@ impl Context {
         Ok(())
     }
 
-    /// Makes this context the calling thread's current one. Callers do so before every use, because
-    /// other libraries may have changed the current context. The call is cheap.
+    /// Makes this context the calling thread's current one. Callers do so before every use of the
+    /// driver, because other libraries may have changed the current context. The call is cheap.
     pub(super) fn make_current(&self) -> Result<()> {
         // SAFETY: the context of this handle is never released.
         #[allow(unsafe_code)]

@@ -11,8 +11,8 @@ pub(crate) struct Family {
     /// Whether the family's kernels use more than 48 KiB of shared memory.
     pub(super) large_shared_memory: bool,
     /// Whether the compiler may contract a product and a sum to a fused multiply-add, which rounds
-    /// once. Contraction is faster. But the compiler decides where it contracts, so two forms of a
-    /// loop may give different bits.
+    /// only its result. Contraction is faster. But the compiler decides where it contracts, so two
+    /// versions of a loop that compute the same may give different bits.
     pub(super) contracts: bool,
     pub(super) kernels: &'static [(Kernel, &'static str, Elements)],
 }

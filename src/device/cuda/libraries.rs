@@ -1,9 +1,10 @@
 //! Finds and loads NVIDIA's libraries before the first call into them.
 //!
-//! This module searches for each library, in the folders of pip and conda too, and looks up every
-//! function in use once. If something is missing, the [`Error`] lists the searched places. The
-//! `cudarc` bindings call the driver's functions. They search only the loader's path, and panic if
-//! something is missing. Tables of functions call NVRTC and cuBLASLt, in the file found here.
+//! This module searches for each library, also in the folders of pip and conda. It checks that the
+//! library has every function in use. If something is missing, the [`Error`] lists the searched
+//! places. Calls of the driver go through the `cudarc` bindings, which search only the loader's
+//! path and panic if something is missing. Calls of NVRTC and cuBLASLt go through tables of
+//! functions of the files that this module has found.
 
 use crate::error::{Error, Result};
 use cudarc::{
@@ -23,8 +24,8 @@ pub(super) struct Needed {
     pub(super) name: &'static str,
     /// The library's file names, the preferred one first.
     files: &'static [&'static str],
-    /// The prefix of the names of dependencies. The library itself opens these files, but searches
-    /// only the loader's path.
+    /// The prefix of the file names of the library's dependencies. The library opens these files
+    /// itself, but searches only the loader's path for them.
     dependencies: Option<&'static str>,
     /// The folders of pip's packages, below `site-packages`.
     pip: &'static [&'static str],
@@ -289,8 +290,9 @@ impl Needed {
     /// Returns the files that may be the library: in the folder that the user names, on the
     /// loader's path, in the folders of pip and conda, and in a toolkit.
     ///
-    /// The folders of `LD_LIBRARY_PATH` come first, one by one. The loader searches by file name,
-    /// so it could prefer a toolkit elsewhere on its path that has another file name.
+    /// The folders of `LD_LIBRARY_PATH` come before the rest of the loader's path, one by one. The
+    /// loader alone would search its whole path for the first file name, and could find it in
+    /// another toolkit before it tries the file name that an earlier folder has.
     fn places(&self) -> Vec<PathBuf> {
         let in_folder = |folder: &Path| {
             self.files.iter().map(|file| folder.join(file)).filter(|path| path.exists()).collect::<Vec<_>>()

@@ -1,7 +1,8 @@
 //! Matrix products by cuBLASLt. Each kind of product has one cached plan, which cuBLASLt's
 //! heuristics select.
 //!
-//! Matrices are column-major here, as in cuBLASLt. `kernels/gemm/cuda.rs` converts row-major ones.
+//! Matrices are column-major here, as in cuBLASLt. `kernels/gemm/cuda.rs` converts row-major
+//! matrices.
 
 use super::{
     Cuda,
@@ -83,8 +84,8 @@ pub(crate) struct Operands {
     pub(crate) saved: u64,
 }
 
-/// cuBLASLt for one stream: a cuBLASLt handle, a workspace and plans. The handle is never
-/// destroyed, because cuBLASLt would wait for the device. It is kept for the next stream.
+/// cuBLASLt for one stream: a cuBLASLt handle, a workspace and plans. The cuBLASLt handle is never
+/// destroyed, because cuBLASLt would then wait for the device. The next stream reuses the handle.
 pub(crate) struct Lt {
     api: &'static CublasLt,
     handle: cublasLtHandle_t,
@@ -199,7 +200,8 @@ impl Lt {
         }
         let plan = match Plan::new(self.api, self.handle, key, at) {
             Ok(plan) => Some(Rc::new(plan)),
-            // Each version of cuBLASLt supports other epilogues for other elements and layouts.
+            // Which epilogues cuBLASLt supports depends on its version, the element types and the
+            // layouts.
             Err(Error::Unsupported { .. } | Error::Library { .. }) if key.0.epilogue != Epilogue::None => {
                 None
             }
@@ -288,8 +290,8 @@ impl Plan {
     ) -> Result<()> {
         let preference = Preference::new(self.api)?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE)?;
-        // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE keeps partial sums in the accumulator, and adds
-        // them in a fixed order.
+        // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE keeps partial sums as values of the accumulator
+        // type, and adds them in a fixed order.
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, 2_u32)?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, aligned[0])?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, aligned[1])?;

@@ -8,8 +8,8 @@ use crate::{
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
 use std::{fmt, marker::PhantomData, ops::Range, rc::Rc};
 
-/// Device memory from the GPU's pool. The pool allocates and frees it in the order of its handle's
-/// stream.
+/// Device memory from the GPU's pool. The pool allocates and frees the memory in the order of the
+/// allocating handle's stream.
 pub struct CudaBuffer<T: Element> {
     address: CUdeviceptr,
     len: usize,
@@ -24,8 +24,8 @@ impl<T: Element> CudaBuffer<T> {
         let size = size_of::<T>();
         let bytes = len.checked_mul(size).ok_or(Error::Memory { len, size })?;
         let mut buffer = Self { address: 0, len, owner: Rc::clone(owner), element: PhantomData };
-        // Counts before an allocation that may fail, because dropping the buffer subtracts the
-        // bytes again.
+        // Counts the bytes before the allocation, which may fail: dropping the buffer subtracts
+        // them in any case.
         owner.memory.add(bytes);
         if bytes > 0 {
             // SAFETY: `address` is valid for writing an address, and the stream belongs to the
@@ -58,8 +58,8 @@ impl<T: Element> Drop for CudaBuffer<T> {
         self.owner.memory.subtract(self.len * size_of::<T>());
         if self.address != 0 && self.owner.context.make_current().is_ok() {
             // SAFETY: the memory came from `cuMemAllocAsync`. Earlier work of the stream may still
-            // use it, and the pool waits for that work. `Cuda::joins` has ordered such work of
-            // other handles before this call.
+            // use the memory, and the pool waits for that work. If work of other handles uses the
+            // memory, `Cuda::joins` has made the stream wait for that work.
             #[allow(unsafe_code)]
             let _ = unsafe { sys::cuMemFreeAsync(self.address, self.owner.stream.handle) };
         }
@@ -72,8 +72,8 @@ impl<T: Element> fmt::Debug for CudaBuffer<T> {
     }
 }
 
-/// Memory for the work of one stream. The stream's handle owns the memory. The memory does not
-/// reference the handle, as a buffer does, because that would be a reference cycle.
+/// Memory for the work of one stream. The stream's handle owns the memory. Unlike a buffer, the
+/// memory does not reference the handle, because that would be a reference cycle.
 pub(super) struct StreamMemory {
     address: CUdeviceptr,
     bytes: usize,
@@ -189,8 +189,9 @@ pub(super) fn bytes_mut<T: Element>(elements: &mut [T]) -> &mut [u8] {
     }
 }
 
-/// Pinned host memory in two halves, for asynchronous copies to and from the device. It is never
-/// freed to the driver, because the driver may then wait for the device. The next handle reuses it.
+/// Pinned host memory in two halves, for asynchronous copies to and from the device. The memory is
+/// never returned to the driver, because the driver may wait for the device when it frees memory.
+/// The next handle reuses the memory.
 struct Pinned {
     address: *mut u8,
     context: &'static Context,
@@ -225,7 +226,7 @@ pub(super) struct Staging {
     memory: Option<Pinned>,
     /// The offset of the next upload, in bytes.
     at: usize,
-    /// For each half, the event after the device's last copy.
+    /// For each half, the event after the device's last copy to or from that half.
     copied: [Option<Event>; 2],
 }
 
@@ -241,7 +242,7 @@ impl Staging {
         Ok(self.memory.as_ref().map_or(std::ptr::null_mut(), |memory| memory.address))
     }
 
-    /// Copies `from` to the device in stream order. The destination has as many bytes.
+    /// Copies `from` to the device in stream order. The destination has as many bytes as `from`.
     pub(super) fn upload(&mut self, cuda: &Handle, mut from: &[u8], mut to: CUdeviceptr) -> Result<()> {
         let pinned = self.memory(cuda.context)?;
         while !from.is_empty() {
@@ -255,9 +256,9 @@ impl Staging {
             }
             let (now, rest) = from.split_at(from.len().min(HALF - self.at % HALF));
             // SAFETY: the `now.len()` bytes at `at` lie in one half of the memory. The device does
-            // not read them: `wait_for` above waited for the half's previous copy, and later copies
-            // of this half read bytes before `at`. The destination is as long as `now` and `rest`
-            // together, and the caller borrows it exclusively.
+            // not read them: `wait_for` above waited for the half's previous copies, and the copies
+            // that were launched since read only bytes before `at`. The destination is as long as
+            // `now` and `rest` together, and the caller borrows it exclusively.
             #[allow(unsafe_code)]
             unsafe {
                 let place = pinned.add(self.at);
@@ -277,8 +278,8 @@ impl Staging {
         Ok(())
     }
 
-    /// Copies from the device to `to`, and waits for the copy. The source has as many bytes. While
-    /// the host reads one half, the device fills the other half.
+    /// Copies from the device to `to`, and waits for the copy. The source has as many bytes as
+    /// `to`. While the host reads one half, the device fills the other half.
     pub(super) fn download(&mut self, cuda: &Handle, mut from: CUdeviceptr, to: &mut [u8]) -> Result<()> {
         if to.is_empty() {
             return Ok(());

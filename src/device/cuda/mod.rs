@@ -8,8 +8,8 @@
 //! The first handle of a GPU in a process loads all kernels, and they stay loaded. A later load
 //! could wait until the GPU is idle, and the GPU is not idle while a collective on it waits for
 //! another rank. A cache on disk keeps compiled kernels (`SHARDWISE_CACHE`, or `shardwise` in the
-//! user's cache folder). The process compiles missing kernels for the GPU in parallel.
-//! [`precompile`] compiles them in advance.
+//! user's cache folder). If the cache does not have all kernels for the GPU, the process compiles
+//! the missing ones on several threads. [`precompile`] compiles them in advance.
 //!
 //! # Requirements
 //!
@@ -29,7 +29,7 @@
 //! # Search for libraries
 //!
 //! 1. In the folder that `SHARDWISE_CUDA_LIBRARIES` names. `SHARDWISE_NCCL` names NCCL's file. If
-//!    this variable is set, NCCL is searched nowhere else.
+//!    `SHARDWISE_NCCL` is set, NCCL is searched nowhere else.
 //! 2. On the loader's path (`LD_LIBRARY_PATH`, `ld.so.conf`). The loader has to find the same
 //!    driver as this search.
 //! 3. Where conda (`lib`) and pip (`site-packages/nvidia/…/lib`) install them: in `VIRTUAL_ENV`,
@@ -42,26 +42,26 @@
 //!
 //! # Numerics
 //!
-//! * cuBLASLt computes products. It accumulates in f64 or f32, and in TF32 only after
-//!   [`Cuda::allow_tf32`]. It adds partial sums in a fixed order, so every run on one kind of GPU
-//!   gives the same bits.
-//! * If cuBLASLt supports it, an operation is fused with the product, without rounding in between.
-//!   These operations are a bias, GELU (tanh) of bf16 and f16 and its derivative, and a bias
-//!   gradient in f32.
+//! * cuBLASLt computes products. It accumulates in f64 or f32. It rounds f32 operands to TF32 only
+//!   after [`Cuda::allow_tf32`]. It adds partial sums in a fixed order, so every run on one kind of
+//!   GPU gives the same bits.
+//! * Where cuBLASLt supports it, one of these operations is fused with a product: a bias, GELU
+//!   (tanh) in bf16 or f16, the derivative of this GELU, or a bias gradient in f32. The product is
+//!   not rounded before the fused operation.
 //! * Kernels add in a fixed order, which does not depend on the alignment of memory. No kernel uses
 //!   atomic sums.
 //! * Attention of bf16 and f16 runs on tensor cores if heads have at most 128 features and every
-//!   row begins at a multiple of 16 bytes. Heads of a multiple of 8 features, in views at aligned
-//!   offsets, have such rows. Attention then rounds the weights to the element type before it
-//!   multiplies them by the values. Attention to a cache uses no tensor cores for sequences of at
-//!   most 8 rows.
+//!   row begins at a multiple of 16 bytes. Heads have such rows if their number of features is a
+//!   multiple of 8 and their views begin at aligned offsets. On tensor cores, attention rounds the
+//!   weights to the element type before it multiplies them by the values. Attention to a cache uses
+//!   no tensor cores for sequences of at most 8 rows.
 //! * [`crate::comm::nccl::Order`] selects the order of sums in collectives.
 //!
 //! # Without a GPU
 //!
-//! `scripts/cuda_standin.sh COMMAND` runs a command with a stand-in for the four libraries, for
-//! tests. The stand-in has eight devices, compiles kernels for the CPU and checks every memory
-//! access.
+//! `scripts/cuda_standin.sh COMMAND` runs a command with a stand-in for the four libraries. The
+//! stand-in is for tests. It has eight devices, compiles kernels for the CPU and checks every
+//! memory access.
 
 mod context;
 mod families;
@@ -313,8 +313,9 @@ impl Cuda {
         foreign.iter().try_for_each(|other| other.wait_event(&done))
     }
 
-    /// Returns the other handle, if events of this handle do not order its work. Otherwise returns
-    /// none. Memory of another GPU is an error.
+    /// Returns `other`, if an operation of this handle on memory of `other` has to wait for the
+    /// stream of `other`. Returns none if both are the same handle, or if their owner already
+    /// orders their work by events. If `other` is a handle of another GPU, returns an error.
     pub(crate) fn foreign_stream(&self, other: &Rc<Handle>) -> Result<Option<Self>> {
         if Rc::ptr_eq(other, &self.0) {
             return Ok(None);
@@ -337,7 +338,8 @@ impl Handle {
         self.wait_for(&event)
     }
 
-    /// Waits for an event. Calls the registered functions during the wait and once after it.
+    /// Waits for an event. Calls the registered functions during the wait, and one more time after
+    /// it.
     fn wait_for(&self, event: &Event) -> Result<()> {
         loop {
             let reached = event.is_complete()?;

@@ -26,7 +26,8 @@ use std::{
     thread,
 };
 
-/// The headers of the `.cu` files. A file includes one header, and a header includes the next one.
+/// The headers of the `.cu` files. A `.cu` file includes one of these headers, and `mma.cuh`
+/// includes `element.cuh`.
 const HEADERS: [(&str, &str); 2] = [
     ("#include \"mma.cuh\"", include_str!("../../../cuda/mma.cuh")),
     ("#include \"element.cuh\"", include_str!("../../../cuda/element.cuh")),
@@ -100,7 +101,8 @@ fn in_parallel<R: Send>(work: impl Fn(&'static Family) -> Result<R> + Sync) -> R
 /// Loads a family's kernels into the current context.
 pub(super) fn load(family: &Family, image: &Image, capability: (i32, i32)) -> Result<CUmodule> {
     match image.module().map_err(too_new) {
-        // The cache may hold an image that only another driver accepts, so this compiles it again.
+        // The cache may hold an image that only another driver accepts, so this compiles the family
+        // again.
         Err(Error::Library { .. }) if image.stored => {
             Image::new(family, capability, false)?.module().map_err(too_new)
         }
@@ -139,7 +141,7 @@ impl Image {
 }
 
 /// Loads a function, because a driver that loads lazily has only looked it up. Drivers before CUDA
-/// 12.4 do not have this call, and load the function at the look-up.
+/// 12.4 do not have `cuFuncLoad`, and load the function at the look-up.
 pub(super) fn load_function(function: CUfunction) -> Result<()> {
     type Load = unsafe extern "C" fn(CUfunction) -> CUresult;
     static LOAD: OnceLock<Option<Load>> = OnceLock::new();
@@ -195,7 +197,7 @@ fn write(file: &Path, image: &[u8]) -> std::io::Result<()> {
 }
 
 /// Returns `SHARDWISE_CACHE`, or else `shardwise` in the user's cache folder. Returns none if the
-/// variable is empty, or if no user's folder is known.
+/// variable is empty, or if the user's cache folder is unknown.
 fn cache_folder() -> Option<PathBuf> {
     let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if std::env::var_os("SHARDWISE_CACHE").is_some() {

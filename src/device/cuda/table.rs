@@ -1,5 +1,6 @@
-//! Small tables of numbers and flags that kernels read. A cache keeps the tables on the device, by
-//! their contents, because a model's layers, and often its steps, use the same tables.
+//! Small tables of numbers and flags that kernels read. A cache keeps the tables on the device and
+//! finds them by their contents. It saves uploads, because the layers of a model use equal tables,
+//! and its steps often do too.
 
 use super::{Cuda, memory::StreamMemory};
 use crate::error::Result;
@@ -23,11 +24,12 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// The largest table in bytes that the cache keeps. Looking up a larger table could take longer
-    /// than an upload.
+    /// The largest table in bytes that the cache keeps. To look up a larger table could take longer
+    /// than to upload it.
     const MAX_TABLE: usize = 16 << 10;
-    /// The largest size of all tables in bytes. Beyond it the cache frees them all, in stream order
-    /// after the kernels that read them.
+    /// The largest total size of the cached tables in bytes. If a new table would exceed it, the
+    /// cache first drops all its tables. Their memory is freed in stream order, after the kernels
+    /// that read it.
     const MAX_TOTAL: usize = 4 << 20;
 
     fn keep(&mut self, contents: Vec<u8>, table: &Rc<StreamMemory>) {

@@ -97,8 +97,8 @@ impl RawComm {
                 Ok(made) => return made,
                 Err(RecvTimeoutError::Timeout) => {
                     if let Err(error) = poll() {
-                        // A rank may be lost after it has joined. Then the join call soon returns
-                        // here too.
+                        // Another rank may be lost after it has joined. Then the join call of this
+                        // rank still returns soon.
                         return joined.recv_timeout(JOIN_DELAY).ok().and_then(Result::ok).ok_or(error);
                     }
                 }
@@ -122,8 +122,9 @@ impl RawComm {
         let key = number("the key", key)?;
         let in_use = self.in_use()?;
         let parent = self.alive()?;
-        // An NCCL thread may write the new handle to `place` until the parent leaves `IN_PROGRESS`,
-        // even on a rank without a color. So if `complete` returns an error, `place` has to leak.
+        // An NCCL thread may write the new handle to `place` as long as the parent's state is
+        // `IN_PROGRESS`, even on a rank without a color. So if `complete` returns an error, `place`
+        // has to leak.
         let place = Box::into_raw(Box::new(AtomicPtr::<c_void>::new(null_mut())));
         let mut config = Config::new(self.blocking);
         // SAFETY: the parent is live. `place` has the layout of a handle. It is freed below only
@@ -133,7 +134,7 @@ impl RawComm {
         let code = in_use.wait(split);
         drop(in_use);
         // A non-blocking split returns success, not `IN_PROGRESS`, while it continues. Only the
-        // parent's state shows when it is done.
+        // parent's state shows when the split is done.
         let code = if code == SUCCESS { IN_PROGRESS } else { code };
         self.complete("ncclCommSplit", code, poll)?;
         // SAFETY: `place` came from `Box::into_raw`. NCCL does not use it any more, because
@@ -149,8 +150,8 @@ impl RawComm {
         Ok(Some(child))
     }
 
-    /// Returns the live handle. No other thread ends it while `InUse` marks this thread's calls as
-    /// brief.
+    /// Returns the live handle. While this thread holds an `InUse` that marks its calls as brief,
+    /// no other thread ends the communicator.
     fn alive(&self) -> Result<Handle> {
         let state = self.shared.state();
         let handle = state.handle.load(Ordering::Relaxed);
@@ -208,8 +209,8 @@ impl RawComm {
 
     /// Waits until a call that NCCL continues in the background is done.
     fn complete(&self, call: &'static str, mut code: c_int, poll: Poll<'_>) -> Result<()> {
-        // `InUse` keeps other threads from ending the communicator meanwhile, because NCCL ties
-        // such a call to the thread that made it.
+        // `InUse` keeps other threads from ending the communicator during this wait, because NCCL
+        // ties a call in the background to the thread that made the call.
         let _in_use = self.in_use()?;
         loop {
             match code {
@@ -218,7 +219,7 @@ impl RawComm {
                 code => return Err(self.error(call, code)),
             }
             // Queries before it polls, so that a finished call succeeds even if a rank was lost
-            // after its contribution.
+            // after it had contributed to the call.
             code = self.query()?;
             if code == IN_PROGRESS {
                 poll()?;
@@ -232,7 +233,8 @@ impl RawComm {
         self.end(End::Abort);
     }
 
-    /// Destroys the communicator, whose work is done. NCCL waits until the other ranks do the same.
+    /// Destroys the communicator, whose work is done. NCCL waits, on another thread, until the
+    /// other ranks destroy it too.
     pub(super) fn destroy(&self) {
         self.end(End::Destroy);
     }
@@ -284,7 +286,7 @@ impl RawComm {
         self.complete("ncclGroupEnd", ended, poll)
     }
 
-    /// Accepts the code of a call that is done or continues in the background.
+    /// Returns an error unless `code` states that the call is done or continues in the background.
     fn returned(&self, call: &'static str, code: c_int) -> Result<()> {
         match code {
             SUCCESS | IN_PROGRESS => Ok(()),

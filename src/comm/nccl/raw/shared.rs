@@ -28,7 +28,7 @@ pub(in crate::comm::nccl) struct SharedComm {
 }
 
 pub(super) struct State {
-    /// Null once the communicator has ended.
+    /// Null after the communicator has ended.
     pub(super) handle: AtomicPtr<c_void>,
     usage: Usage,
     /// Why another thread has aborted the communicator.
@@ -42,7 +42,7 @@ enum Usage {
     Idle,
     /// Calls that do not wait for peers, such as those between group start and group end.
     Brief,
-    /// A call that may wait for peers, with the number of abort requests since it began.
+    /// A call that may wait for peers, with the number of abort requests since the call began.
     Waiting(u32),
 }
 
@@ -75,7 +75,7 @@ impl SharedComm {
     /// does nothing.
     ///
     /// The abort ends the waiting call. NCCL's guide recommends non-blocking communicators to
-    /// programs that abort, because a call that returns at that moment still uses memory that the
+    /// programs that abort, because a call that returns during the abort still uses memory that the
     /// abort frees. Blocking communicators accept this risk, because their ranks would otherwise
     /// wait forever for a lost rank. See `Options::blocking`.
     pub(in crate::comm::nccl) fn abort_for(&self, reason: &Error) {
@@ -106,7 +106,7 @@ impl SharedComm {
     }
 
     /// Returns NCCL's asynchronous error, if any. Threads other than the rank's may call this only
-    /// for a blocking communicator: a non-blocking one advances its calls when it is queried.
+    /// for a blocking communicator: a query of a non-blocking communicator advances its calls.
     pub(in crate::comm::nccl) fn check(&self) -> Result<()> {
         let mut state = self.state();
         let (handle, mut code) = (*state.handle.get_mut(), SUCCESS);
@@ -160,7 +160,7 @@ thread_local! {
 }
 
 /// Lets [`settle`] wait for the end of a communicator. Does nothing if this thread is exiting,
-/// because its list is gone by then.
+/// because the thread's list `ENDING` is gone by then.
 pub(super) fn add_ending(ended: Option<Receiver<()>>) {
     let _ = ENDING.try_with(|ending| {
         let mut ending = ending.borrow_mut();
