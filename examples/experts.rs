@@ -31,12 +31,13 @@ struct Sizes {
 /// logits = router x. The gates are the softmax of the chosen logits. The router is replicated. One
 /// rank holds the whole of each expert.
 ///
-/// * Forward: enters S, so that every rank sees all tokens. Then it sums the ranks' terms and
-///   leaves S. A rank's term is the sum over its own experts.
+/// * Forward: enters the tensor-parallel region (S → `Copied`), so that every rank sees all tokens.
+///   A rank's term of y is the sum over its own experts. Leaving the region (`Partial` → S) sums
+///   the ranks' terms.
 /// * Backward: the same collectives, plus an all-reduce of the router's gradient for every S.
 ///
-/// The forward's `leave` rejects `Reduction::Invariant`, because each term of the sum belongs to
-/// one rank, so that the bits depend on the number of ranks.
+/// The forward's `leave` rejects `Reduction::Invariant`, because each rank first sums over its own
+/// experts. So the bits depend on the number of ranks.
 struct Moe<S: ResidualStream, T: Element, B: Backend> {
     group: Group<B>,
     /// A group of this rank alone, in which the experts run.
@@ -138,8 +139,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
         let (dy, device) = (dy.enter()?, self.group.device());
         let mut dx = Tensor::<T::Acc, B>::zeros(device, x.shape())?;
         let mut dgates = Tensor::<T::Acc, B>::zeros(device, [gates.len(), 1])?;
-        // An expert without tokens adds a zero gradient, because each backward must add one per
-        // parameter.
+        // Each backward must add a gradient to every parameter, so an expert without tokens adds
+        // zeros.
         for ((_, expert), own) in self.experts.iter().zip(routed) {
             let dy = dy.local().rows(&own.tokens)?;
             let dgate = ops::dot_rows(&own.y, &dy)?.reshape([own.slots.len(), 1])?;
@@ -148,8 +149,9 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
             let own_dx = expert.backward(own.saved, dy)?;
             device.scatter_add(&own.tokens, own_dx.local().mat(), dx.mat_mut()?)?;
         }
-        // The softmax's backward is linear in the gates' gradient. So this rank's term of that
-        // gradient gives this rank's terms of the gradients of the logits, the router and x.
+        // The softmax's backward is linear in the gates' gradient. So this rank's term of the
+        // gates' gradient determines this rank's terms of the gradients of the logits, the router
+        // and x.
         let dlogits = logits_grad(&gates, &dgates, &chosen, self.router.shape().rows())?;
         let mut drouter = Tensor::empty(device, self.router.shape())?;
         ops::linear_dw(device, (dlogits.mat(), x.mat()), 0.0, drouter.mat_mut()?, None)?;
@@ -328,7 +330,8 @@ fn check_layer<S: ResidualStream>(tokens: usize, sizes: Sizes) -> Result<()> {
     check::<S, _>(&case, &inputs, load, &want)
 }
 
-/// Compares a transformer block that contains the layer with the same block on one rank.
+/// Compares a transformer block that contains a [`Moe`], on 1 to 4 ranks, with the same block on
+/// one rank.
 fn check_block<S: ResidualStream>(sizes: Sizes) -> Result<()> {
     let load = |group: &Group<Cpu>| {
         let (source, names) = (Random::normal(1, 0.3), BlockNames::default());
@@ -351,8 +354,8 @@ fn check_block<S: ResidualStream>(sizes: Sizes) -> Result<()> {
 
 fn main() -> Result<()> {
     let sizes = |experts, top_k| Sizes { hidden: 8, ffn: 6, experts, top_k };
-    // These sizes include experts without tokens, a rank without tokens, and every expert for every
-    // token.
+    // Some cases have experts without tokens, or a rank without tokens. In the last case every
+    // token uses every expert.
     for (tokens, sizes) in [(11, sizes(5, 2)), (3, sizes(5, 1)), (7, sizes(4, 4))] {
         check_layer::<Replicated>(tokens, sizes)?;
         check_layer::<Shard<0>>(tokens, sizes)?;

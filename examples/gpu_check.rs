@@ -1,5 +1,6 @@
 //! Checks whether this machine's GPU can be used. Prints the versions of the libraries, compares
-//! every kernel family in all four element types with the CPU, and runs NCCL with one rank.
+//! every kernel family on the GPU with the same family on the CPU in all four element types, and
+//! runs NCCL with one rank.
 //!
 //! ```text
 //! cargo run --release --features nccl --example gpu_check
@@ -35,8 +36,7 @@ struct Args {
     /// Check the kernels only, because NCCL is slow under memory checkers.
     #[arg(long)]
     kernels: bool,
-    /// Compile the kernels for a compute capability, such as 9.0, into the cache, and do nothing
-    /// else.
+    /// Only compile the kernels for a compute capability, such as 9.0, and store them in the cache.
     #[arg(long, value_parser = capability)]
     precompile: Vec<(u32, u32)>,
 }
@@ -191,8 +191,8 @@ fn update<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     Ok([numbers(&weight)?, numbers(&master)?, numbers(&second)?].concat())
 }
 
-/// Products with transposed and plain operands, into an accumulator, with a fused bias and GELU,
-/// and as a batch.
+/// Products: with transposed and plain operands, with a result of the accumulator type, with a
+/// fused bias, with a fused bias and GELU, and as a batch.
 fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     let (m, k, n) = (72, 96, 128);
     let (a, b) = (random::<T, B>(device, 21, [m, k])?, random::<T, B>(device, 22, [n, k])?);

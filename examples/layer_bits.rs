@@ -1,7 +1,7 @@
-//! Prints hashes of the outputs and gradients of every layer. Each line is for one set of sizes,
-//! layer, residual stream, element and reduction. It has one hash for each number of ranks from 1
-//! to 8. A refactoring must not change the listing. Hashes differ between processors, because these
-//! round sums differently.
+//! Prints hashes of the outputs and gradients of every layer. Each line is for one combination of
+//! sizes, layer, residual stream, element type and reduction. It has one hash for each number of
+//! ranks from 1 to 8. A refactoring must not change the listing. Hashes differ between processors,
+//! because processors round sums differently.
 //!
 //! `cargo run --release --bin layer_bits > after.txt` writes the listing.
 //! `scripts/same_layers.sh COMMIT` compares the listing with that of a commit.
@@ -166,7 +166,7 @@ fn vocabulary<S: ResidualStream, T: Element>(
     Ok(bits)
 }
 
-/// Runs one layer of these sizes on one rank and hashes its results.
+/// Runs the layer `name` with these sizes on this rank and hashes this rank's results.
 fn layer<S: ResidualStream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -> Result<Bits> {
     let source = Random::normal(1, 0.1);
     let weights = &Weights::new(&source);

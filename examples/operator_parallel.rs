@@ -30,7 +30,8 @@ const ROWS: usize = 512;
 const INPUTS: usize = 1024;
 const OUTPUTS: usize = 2048;
 
-/// Runs the operator over `ranks` ranks. Each rank returns y, dx and the time of both.
+/// Runs the operator over `ranks` ranks. Each rank returns y, dx, and the time of forward and
+/// backward together.
 fn external(ranks: usize) -> Result<Vec<(Vec<f32>, Vec<f32>, f64)>> {
     let source = Random::normal(1, 0.05);
     launch::threads(ranks, |world| {

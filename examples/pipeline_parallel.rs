@@ -1,5 +1,5 @@
-//! Pipeline parallelism: trains 10 → 5 → ReLU → 1 with its layers on different ranks. The losses
-//! equal those of one device up to rounding.
+//! Pipeline parallelism: trains the network 10 → 5 → ReLU → 1, whose layers are on different ranks.
+//! The losses equal those of one device up to rounding.
 //!
 //! `cargo run --release --bin pipeline_parallel [-- --ranks 3] [--schedule gpipe]`
 
@@ -70,8 +70,8 @@ fn stage(layers: std::ops::Range<usize>, group: &Group<Cpu>) -> Result<Stage> {
         .collect()
 }
 
-/// The pipeline's ends: the first stage reads its samples here, and the last stage computes its
-/// loss here.
+/// The pipeline's ends: they supply the samples of the first stage and compute the loss of the last
+/// stage.
 struct Data {
     group: Group<Cpu>,
     partition: Partition,

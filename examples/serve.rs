@@ -17,7 +17,8 @@ use std::{
 const SLOTS: usize = 2;
 /// The largest number of tokens of a prompt and its answer together.
 const ROOM: usize = 32;
-/// How long a rank waits for the others in a collective. The queue is empty for longer than that.
+/// How long a rank waits for the others in a collective. Before one of the requests, the queue is
+/// empty for longer than this deadline.
 const DEADLINE: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(100);
 

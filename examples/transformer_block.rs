@@ -25,7 +25,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Runs a transformer block forward and backward on N thread ranks and on one, and compares.
+/// Runs a transformer block forward and backward on N thread ranks and on one rank, and compares
+/// the results.
 #[derive(Parser, Debug)]
 struct Args {
     /// The number of tensor-parallel ranks.
@@ -56,7 +57,7 @@ struct Args {
     /// are fewer GPUs than ranks, the ranks share GPUs and exchange data through the host.
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     device: On,
-    /// The element of weights and activations.
+    /// The element type of weights and activations.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
     /// Llama's block: RMSNorm, SwiGLU, no biases. Otherwise GPT-2's: LayerNorm, GELU, biases.
@@ -204,9 +205,9 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
         return Err(Error::Invalid { op: "transformer_block", reason });
     }
     for (name, values) in &want {
-        // A number added to all scores does not change their softmax. So the gradient of k's bias
-        // is 0, and the computed gradient is rounding error. It is compared with the size of q's
-        // gradient.
+        // k's bias adds the same number to all scores of a query, which does not change their
+        // softmax. So the gradient of k's bias is 0, and the computed gradient is rounding error.
+        // It is compared with the size of q's gradient.
         let like = if name == "attention.k.bias" { "attention.q.bias" } else { name };
         line(&format!("d {name}"), &got[name], values, largest(&want[like]));
     }
@@ -306,9 +307,9 @@ fn random<S: ResidualStream, T: Element, B: Backend>(
     S::of_local(group, tokens, local)?.with_sequences(Sequences::packed(vec![args.tokens; args.batch]))
 }
 
-/// Returns the collectives of a step and their numbers of elements, forward and backward. It runs
-/// the model's code without data and without other ranks. The plan is compiled for f32 only,
-/// because the collectives do not depend on the element type.
+/// Returns the collectives of a step and their numbers of elements, forward and backward. Runs the
+/// model's code without data and without other ranks. The plan is compiled for f32 only, because
+/// the collectives do not depend on the element type.
 fn plan<S: ResidualStream>(
     args: &Args,
     config: &BlockConfig,

@@ -107,8 +107,8 @@ fn train(
             adamw.step(&params, 3e-3, 1.0)?;
             curve.push(replicas.sum(&[losses.sum()? / BATCH as f64])?);
 
-            // Replicas hold the same parameters, so only the first replica saves. The states of f64
-            // weights are f64 as well, so one list holds both.
+            // Replicas hold the same parameters, so only the first replica saves. The optimizer's
+            // states of f64 weights are f64 as well, so one list holds the weights and the states.
             if let Some(folder) = save.filter(|_| step + 1 == SAVED && data.rank() == 0) {
                 weights::save(tensor, &[params.clone(), adamw.state()?].concat(), folder)?;
             }

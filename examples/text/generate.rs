@@ -47,7 +47,7 @@ struct Args {
     /// The number of tensor-parallel ranks, at most the model's number of query heads.
     #[arg(long, default_value_t = 1)]
     ranks: usize,
-    /// The element of weights, activations and cache.
+    /// The element type of weights, activations and cache.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
     /// The largest number of tokens to write. The text may get worse beyond the length that the
@@ -66,7 +66,7 @@ struct Args {
     /// The seed of the sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The number of prompt tokens that are read at once.
+    /// The number of prompt tokens that one step reads.
     #[arg(long, default_value_t = 512)]
     chunk: usize,
 }
@@ -259,8 +259,8 @@ impl Printer<'_> {
             return Ok(());
         }
         let text = self.tokenizer.decode(&self.ids, true).map_err(fail)?;
-        // Several tokens may share the bytes of one character, which is printed once it is
-        // complete.
+        // The bytes of one character may come from several tokens. The character is printed when
+        // the last of its bytes is known.
         if let (false, Some(new)) = (text.ends_with('\u{fffd}'), text.get(self.shown..)) {
             print!("{new}");
             std::io::stdout().flush().map_err(fail)?;

@@ -5,8 +5,8 @@
 //! cargo run --release -p text-examples --bin perplexity -- FOLDER TEXT --ranks 2
 //! ```
 //!
-//! The text is split into windows. The model predicts each token from the tokens before it in its
-//! window. No rank gathers the logits: each rank holds the logits of its vocabulary shard.
+//! The text is split into windows. The model predicts each token from the earlier tokens of the
+//! same window. No rank gathers the logits: each rank holds the logits of its vocabulary shard.
 
 mod checkpoint;
 

@@ -32,7 +32,7 @@ struct Args {
     /// The number of tensor-parallel ranks, 1 to 12.
     #[arg(long, default_value_t = 2)]
     ranks: usize,
-    /// The element of weights and activations.
+    /// The element type of weights and activations.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
     /// The folder with model.safetensors and tokenizer.json.
@@ -130,7 +130,8 @@ fn run(args: &Args) -> Result<()> {
         if args.sentences.is_empty() {
             return Err(fail(reason.into()));
         }
-        // Sentences of the user may be absent from the reference, so this is no error.
+        // The reference need not have the sentences that a user passes, so their absence is no
+        // error.
         println!("{reason}");
         return Ok(());
     }

@@ -24,7 +24,7 @@ fn script(ranks: usize, options: &[&str], script: &str) -> Command {
     shardwise(ranks, options, &["sh", "-c", script])
 }
 
-/// Returns the command that launches ranks with one of this program's own tests.
+/// Returns the command that launches ranks, each of which runs one of this program's own tests.
 pub(crate) fn ranks_of_this_program(ranks: usize, options: &[&str], test: &str) -> Command {
     let own = std::env::current_exe().unwrap();
     shardwise(ranks, options, &[own.to_str().unwrap(), "--exact", test, "--ignored", "--nocapture"])
@@ -167,7 +167,8 @@ fn long_job(tag: &str, body: &str, temporary: &Path) -> Child {
     for _ in 0..2 {
         lines.read_line(&mut String::new()).unwrap();
     }
-    // A thread reads the later lines. Otherwise a writer would fail and report that.
+    // A thread reads the later lines. Without this reader, writing to the closed pipe would fail,
+    // and the writer would report the failure.
     std::thread::spawn(move || lines.read_to_end(&mut Vec::new()));
     child
 }
@@ -191,8 +192,8 @@ fn gone_after(tag: &str, patience: Duration) -> Duration {
     begin.elapsed()
 }
 
-/// Starts three children: one in the rank's process group, one in its own session, and one in its
-/// own session that ignores signals.
+/// Starts three children. The first stays in the rank's process group. The second and the third
+/// each have a session of their own, and the third also ignores signals.
 const CHILDREN: &str =
     "sleep 1000 & setsid sleep 1000 & setsid sh -c \"trap '' TERM INT HUP; sleep 1000; sleep 1000\" &";
 

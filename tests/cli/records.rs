@@ -12,7 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The program of ranks of which `VICTIM` is lost in the way `WAY`. It is no test by itself.
+/// The program of the ranks. Rank `VICTIM` is lost in the way that `WAY` names. It is no test by
+/// itself.
 #[test]
 #[ignore = "the program of ranks"]
 fn rank_that_may_be_lost() {
@@ -58,7 +59,8 @@ fn shardwise(arguments: &[&str]) -> String {
     text(&output.stdout)
 }
 
-/// Each way of losing a rank, the launcher's description of its end, and the job's exit code.
+/// Each way of losing a rank, the launcher's description of how the rank ended, and the job's exit
+/// code.
 const WAYS: [(&str, &str, i32); 10] = [
     // In the first four ways the lost rank exits with 0, or the launcher ends it. The job's exit
     // code is then that of a rank that waited for the lost rank.
@@ -112,7 +114,7 @@ fn lost_processes_are_blamed() {
                 let output = run(lose(victim, ranks, way, 1, &["--flight", path]));
                 let what = format!("rank {victim} of {ranks}, {way}: {}", text(&output.stderr));
                 // If a rank stops or hangs, the others wait for the deadline of one second. A rank
-                // that lingers also takes up to a second. All jobs may take one second besides.
+                // that lingers also takes up to a second. Every job may take one more second.
                 let limit = if ["-STOP", "hang", "linger"].contains(&way) { 2000 } else { 1000 };
                 assert!(begin.elapsed() < Duration::from_millis(limit), "{:?}: {what}", begin.elapsed());
                 check_verdict(&output, victim, (way, end, code));

@@ -1,5 +1,6 @@
-//! Counts the driver calls of a layer: launches, uploads and allocations of a decode step and of a
-//! training step. The stand-in for the driver counts them. DESIGN.md has the table.
+//! Counts the driver calls that a layer adds to a decode step and to a training step: launches,
+//! uploads, downloads and allocations. The stand-in for the driver counts them. DESIGN.md has the
+//! table.
 
 use crate::dev::{self, DTensor};
 use half::bf16;

@@ -54,7 +54,8 @@ pub(crate) fn needed() -> usize {
     }
 }
 
-/// Thread ranks with one GPU each over NCCL. With too few GPUs they communicate through the host.
+/// Thread ranks that have one GPU each and communicate over NCCL. If there are too few GPUs, the
+/// ranks share GPUs and communicate through the host.
 pub(crate) struct Ranks(Threads);
 
 pub(crate) fn ranks(world: usize) -> Ranks {

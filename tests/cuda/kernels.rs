@@ -396,8 +396,8 @@ fn linear<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<V
         device.linear(x.mat(), w.mat(), Epilogue { bias, activation: None }, y.mat_mut())?;
         results.push(y.values());
     }
-    // Both devices compute slopes at the same given numbers. A ReLU's slope jumps, and numbers that
-    // the devices compute differ in rounding.
+    // A ReLU's slope jumps at 0, and numbers that the two devices compute differ in rounding. So
+    // both devices compute the slopes at the same given numbers.
     let (dy, v, at) = (memory(5, place(m, k)), memory(6, place(k, n)), memory(10, place(m, n)));
     for f in KINDS {
         let (mut pre, mut y) = (memory(7, place(m, n)), memory(8, place(m, n)));
@@ -551,14 +551,15 @@ fn tiles<T: Element, B: Backend>(
     for window in [None, Some(50), Some(3)] {
         run(AttentionChoices { window, ..causal }, &whole, [&k, &v, &dout])?;
     }
-    // With these scales the largest product is not the largest score.
+    // With these scales the key with the largest product q · k does not have the largest score.
     for scale in [-scale, 0.0] {
         run(AttentionChoices { scale: Some(scale), ..causal }, &whole, [&k, &v, &dout])?;
     }
     let masked = Sequences::packed(lengths).masked(&flags)?;
     run(all, &masked, [&k, &v, &dout])?;
     run(causal, &masked, [&k, &v, &dout])?;
-    // The first tile has one such value, and the end of another tile has two.
+    // One value that is not finite is in the first tile. Two more are on both sides of a tile's
+    // end.
     for (row, value) in [(40, f64::NAN), (71 + 127, f64::INFINITY), (71 + 128, f64::NEG_INFINITY)] {
         device.fill(value, v.mat_mut().block(row..row + 1, 0..dim))?;
     }
@@ -664,8 +665,8 @@ fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result
         device.attention_cached(&spec, &room, query, keys.mat(), values.mat(), row)?;
         assert_eq!(out.values()[gap..gap + cols], results[results.len() - 1][gap..gap + cols]);
     }
-    // A visible value has influence. Only the last row of the third sequence sees its last
-    // position.
+    // A visible value has influence. Only the last row of the third sequence sees the sequence's
+    // last position.
     let at = kv_heads * capacity * slots[2] + 257;
     device.fill(f64::INFINITY, values.mat_mut().block(at..at + 1, 0..dim))?;
     device.fill(f64::NAN, keys.mat_mut().block(at + capacity..at + capacity + 1, 0..dim))?;
@@ -696,7 +697,7 @@ fn attention_of_few_rows_to_a_cache_is_the_cpus() {
     one::<f16>(&cuda, &cpu);
 }
 
-/// Returns attention of the same numbers at memory offset `start`.
+/// Returns the attention of fixed numbers, whose memory begins at offset `start`.
 fn placed<T: Element, B: Backend>(device: &B, start: usize) -> Result<Vec<f64>> {
     let place = |start| Place { rows: 80, cols: 64, start, stride: 72 };
     let moved = |seed| {

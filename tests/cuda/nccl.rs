@@ -242,8 +242,8 @@ fn the_rank_that_broke_the_job_is_blamed() {
     }
 }
 
-/// Runs ranks like processes. The ranks communicate over sockets, and compare only calls of a new
-/// kind at once.
+/// Runs ranks that communicate over sockets, as processes do. Such ranks compare a call at once
+/// only if it is of a new kind.
 fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Vec<Result<R>> {
     // NCCL sees one process, so the ranks' GPUs need access to each other's memory. Groups of
     // thread ranks open this access.
@@ -280,8 +280,8 @@ fn processes_have_the_same_collectives() {
     }
 }
 
-/// One rank makes known calls in another order. NCCL cannot detect this, because the calls have the
-/// same number of elements.
+/// One rank makes known calls in an order that differs from the other ranks'. NCCL cannot detect
+/// this, because the calls have the same number of elements.
 #[test]
 fn another_order_of_known_calls_is_found_by_its_hash() {
     for world in dev::worlds([3]) {
@@ -488,8 +488,8 @@ fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
     }
 }
 
-/// Rank 0 cannot check for errors as above, but all ranks have reached the oldest of its
-/// collectives.
+/// As in the test above, rank 0 cannot check for errors. But all ranks have reached the oldest of
+/// rank 0's collectives.
 #[test]
 fn a_collective_behind_others_has_its_deadline_too() {
     for (world, blocking) in dev::worlds([2]).flat_map(|world| WAYS.map(|way| (world, way))) {
@@ -521,8 +521,8 @@ fn a_collective_behind_others_has_its_deadline_too() {
     }
 }
 
-/// NCCL destroys a communicator only once all ranks of a node destroy it. A rank that drops its
-/// group must not wait for that.
+/// NCCL destroys a communicator only when all ranks of a node destroy it. A rank that drops its
+/// group must not wait for the other ranks to do so.
 #[test]
 fn a_rank_that_leaves_a_group_does_not_wait_for_those_that_stay() {
     for (world, over_sockets) in dev::worlds([2]).flat_map(|world| [(world, false), (world, true)]) {

@@ -27,7 +27,7 @@ fn text(output: &Output) -> String {
 /// Each way of losing a rank, the words in the job's error, and the time limit for the job.
 fn scenarios(lost: usize, missing: &str) -> [(&'static str, String, Duration); 7] {
     // When a process has failed, Open MPI ends the others by SIGTERM, waits a second and kills
-    // them. They report the error in that second.
+    // them. The other processes report the error in that second.
     let (soon, said) = (Duration::from_secs(1), Duration::from_secs(3));
     let late = PATIENCE + PATIENCE / 10 + soon;
     [

@@ -112,9 +112,10 @@ fn started_ones_go_on(world: &Group<Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// Tensors with more elements than an `int` counts. Run by hand: `SHARDWISE_HUGE=broadcast`,
-/// `exchange` or `sum` takes 16 GiB per rank. `SHARDWISE_HUGE_ELEMENTS=1073741834` exceeds the
-/// limit in bytes only, with half the memory.
+/// Tensors with more elements than an `int` counts. The test is run by hand: `SHARDWISE_HUGE` is
+/// `broadcast`, `exchange` or `sum`, and each rank takes 16 GiB. With
+/// `SHARDWISE_HUGE_ELEMENTS=1073741834` only the number of bytes exceeds the limit, and each rank
+/// takes half as much.
 fn huge(world: &Group<Cpu>) -> Result<()> {
     let Some(which) = std::env::var_os("SHARDWISE_HUGE") else { return Ok(()) };
     let elements = std::env::var("SHARDWISE_HUGE_ELEMENTS").ok().and_then(|elements| elements.parse().ok());

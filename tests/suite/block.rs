@@ -211,8 +211,8 @@ fn layers<B: Backend>(
     Ok(((norm("norm1")?, attention), (norm("norm2")?, mlp)))
 }
 
-/// A block composed of separately loaded layers has the bits of the block that its configuration
-/// loads. So does the block composed of pairs of a layer and its residual sum.
+/// Three ways to build a block give the same bits: loading it from a configuration, passing
+/// separately loaded layers to `TransformerBlock::new`, and chaining `Residual` layers.
 #[test]
 fn blocks_are_their_layers() {
     let sequences = Sequences::packed([3, 4]);
@@ -245,15 +245,15 @@ fn blocks_are_their_layers() {
     }
 }
 
-/// With more ranks than tokens some ranks hold none of the sequence.
+/// With more ranks than tokens, some ranks hold no token.
 #[test]
 fn more_ranks_than_tokens() {
     exact::<Shard<0>>(&UNEVEN, 5, &Sequences::one(2));
     exact::<Replicated>(&UNEVEN, 5, &Sequences::one(1));
 }
 
-/// In narrow elements a block's error, relative to the largest result, is a few roundings. Every
-/// number passes through about ten roundings (projections, scores, weights, sums, norms).
+/// In narrow element types a block's error, relative to the largest result, is a few roundings.
+/// Every number passes through about ten roundings (projections, scores, weights, sums, norms).
 /// Accumulators are f32, so the roundings add up like a random walk. 16 ε covers them, and another
 /// factor of 2 covers the backward.
 #[test]

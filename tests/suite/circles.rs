@@ -21,7 +21,7 @@ struct Use {
 struct Module {
     uses: Vec<Use>,
     defines: BTreeSet<String>,
-    /// The paths of two or more names outside of `use`.
+    /// The paths outside of `use` that consist of two or more names.
     paths: Vec<Path>,
     /// All names outside of `use`.
     names: BTreeSet<String>,

@@ -1,5 +1,5 @@
 //! Checks the table of layers in the documentation of `parallel`. The tests list each layer's
-//! collectives by hand, and compare them with the plans of every rank of 1 to 8.
+//! collectives by hand, and compare them with the plan of every rank, for 1 to 8 ranks.
 //! [`run`](crate::support::run) checks that ranks with data make the planned collectives.
 
 use crate::support::{Case, Pass, Spread, uneven};
@@ -35,22 +35,25 @@ fn of(op: Op, elements: usize) -> Transfer {
     Transfer { op, dtype: T::DTYPE, elements }
 }
 
-/// A transfer in bf16's accumulator.
+/// A transfer in the accumulator type of bf16.
 fn wide(op: Op, elements: usize) -> Transfer {
     Transfer { op, dtype: DType::F32, elements }
 }
 
-/// The collective that enters S, which is also the backward of leaving S.
+/// The collective of entering a region, S → `Copied`. The backward of leaving a region makes it,
+/// too.
 fn enters<S: ResidualStream>(features: usize) -> Vec<Transfer> {
     S::SHARD_DIM.map(|_| of(AllGather, TOKENS * features)).into_iter().collect()
 }
 
-/// The collective that leaves S, which is also the backward of entering S.
+/// The collective of leaving a region, `Partial` → S. The backward of entering a region makes it,
+/// too.
 fn leaves<S: ResidualStream>(features: usize) -> Vec<Transfer> {
     vec![of(if S::SHARD_DIM.is_some() { ReduceScatter } else { AllReduce }, TOKENS * features)]
 }
 
-/// The all-reduce of a sum over tokens in the accumulator, if S shards the tokens.
+/// The all-reduce of a sum over tokens, in the accumulator type. Only an S that shards the tokens
+/// needs it.
 fn over_tokens<S: ResidualStream>(elements: usize) -> Vec<Transfer> {
     S::SHARD_DIM.map(|_| wide(AllReduce, elements)).into_iter().collect()
 }
@@ -239,8 +242,8 @@ fn stream<S: ResidualStream + Spread>(world: usize) {
         NormKind::LayerNorm { eps: 0.1 },
     )
     .with_mlp_bias(true);
-    // The backward of each half of a block: db of the half's second layer, entering, leaving, dγ
-    // and dβ.
+    // The backward of each half of a block makes these collectives: one for db of the half's second
+    // layer, one each for entering and leaving the region, and one for dγ and dβ together.
     let half = [over_tokens::<S>(HIDDEN), both.clone(), over_tokens::<S>(2 * HIDDEN)].concat();
     check(
         world,

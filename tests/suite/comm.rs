@@ -243,8 +243,8 @@ const WAITS: [Act; 11] = [
     },
 ];
 
-/// Loses rank `lost` after `before` collectives and `delay`, while the others call `wait` until it
-/// fails.
+/// Loses rank `lost` after `before` collectives and `delay`, while the others repeat `wait` until
+/// `wait` fails.
 fn lose(world: usize, lost: usize, failure: Failure, before: usize, delay: Duration, wait: Act) {
     let (heard, gone) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let begin = Instant::now();
@@ -443,7 +443,7 @@ fn a_rank_that_has_done_its_part_may_leave() {
                 }
             };
             // The last step is a ring. Before the late rank arrives, all others have left except
-            // the rank that waits for its message.
+            // the rank that waits for the late rank's message.
             let ring = |group: Group<Cpu>| {
                 wait(&group);
                 perform::<f32, _>(&group, &Step::Shift(1), &inputs(5, world, &[100]))
@@ -493,8 +493,8 @@ fn a_flight_that_nobody_waits_for_does_no_harm() {
         .unwrap();
 }
 
-/// Rank `root` finds a request after three times the deadline. The others wait that long and find
-/// none. A rank that fails meanwhile ends the wait of all ranks.
+/// Rank `root` polls, and gets a request after three times the deadline. Until then the other ranks
+/// wait without an error, and they get no request. A failed poll ends the wait of all ranks.
 #[test]
 fn a_rank_waits_for_another_beyond_the_deadline() {
     let deadline = Duration::from_millis(300);
@@ -520,7 +520,7 @@ fn a_rank_waits_for_another_beyond_the_deadline() {
     assert_eq!(beyond.unwrap_err().to_string(), "rank 0: wait for: rank 2 of a group of 2");
 }
 
-/// Bytes of any value and number arrive unchanged, by a broadcast and by an all-gather.
+/// A broadcast and an all-gather of bytes deliver them unchanged, whatever their values and number.
 #[test]
 fn bytes_come_as_they_are() {
     let bytes = |rank: usize| -> Vec<u8> { (0..=255).cycle().skip(rank).take(300 * rank).collect() };
@@ -684,7 +684,8 @@ fn arguments_that_make_no_sense_are_refused() {
             assert!(matches!(group.all_gather(&x, 0, &partition(&[4, 4, 4])), Err(Error::Sizes { .. })));
             assert!(matches!(group.all_gather(&x, 0, &partition(&[5, 5])), Err(Error::Shapes { .. })));
             assert!(matches!(group.reduce_scatter(op, &x, 0, &partition(&[1, 2])), Err(Error::Sizes { .. })));
-            // The rejected calls do not count as calls, so the group still works.
+            // The rejected calls got no sequence number, so the ranks still agree and the group
+            // works.
             group.barrier()
         })
         .unwrap();

@@ -74,7 +74,8 @@ fn mistakes_do_not_compile() {
 }
 
 /// Returns the compiler's errors for each program and for a correct program, and cargo's output.
-/// Without the correct program, all programs could fail for another reason.
+/// The correct program shows that the others do not fail for a reason that has nothing to do with
+/// their mistake.
 fn errors(mut programs: Vec<(&str, PathBuf)>) -> (BTreeMap<String, Vec<String>>, String) {
     let root = shardwise_tests::root();
     programs.push(("right", root.join("examples/mlp.rs")));

@@ -429,8 +429,8 @@ fn rope_is_read_as_transformers_reads_it() {
     both["rope_scaling"] = json!({});
     assert_eq!((rope(&both).base, rope(&both).scaling), (5e5, RopeScaling::None));
 
-    // The original length may be next to `rope_parameters` or inside it. Otherwise it is the
-    // model's length.
+    // The original length may be next to `rope_parameters` or inside it. If it is in neither place,
+    // the model's length applies.
     let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16});
     let mut config = with("qwen3", "rope_parameters", yarn);
     let trained = |config: &Value| match rope(config).scaling {
@@ -674,7 +674,8 @@ fn tensors_without_influence_are_passed_over() {
     }
 }
 
-/// The file of a tied model has a head. The head may equal the embedding; another head is an error.
+/// The file of a tied model has a head. The head may equal the embedding; a different head is an
+/// error.
 #[test]
 fn a_tied_model_with_another_head_is_refused() {
     for (name, table) in [("qwen2", "model.embed_tokens.weight"), ("gpt2", "transformer.wte.weight")] {
@@ -710,7 +711,7 @@ fn a_tied_model_with_another_head_is_refused() {
     }
 }
 
-/// With dynamic NTK scaling a step uses the frequencies of the length that it reaches. A text
+/// With dynamic NTK scaling a step uses the frequencies of the text's length after the step. A text
 /// beyond the trained length continues token by token, but its prompt must be read at once.
 #[test]
 fn dynamic_rope_refuses_a_prompt_in_parts() {

@@ -37,8 +37,8 @@ fn rope_config(dim: usize, pairs: RopePairs) -> RopeConfig {
     RopeConfig { dim, base: 100.0, pairs, scaling: RopeScaling::None }
 }
 
-/// Let u be one rounding to T. The rotation of rounded inputs rounds two products, their sum, the
-/// cosines and sines, and the result to T. So it errs by at most 5 u (|a| + |b|).
+/// Let u be one rounding to T. The inputs are exact. A rotation rounds the cosine and the sine, two
+/// products, their sum, and the result. So it errs by at most 5 u (|a| + |b|).
 fn rope_agrees<T: Element>(config: &RopeConfig, head_dim: usize, sequences: &Sequences, seed: u64) {
     let cpu = dev::poisoned();
     let x = matrix(seed, "x", sequences.rows(), 2 * head_dim + 3).mapv(|x| T::from_f64(x).to_f64());
@@ -572,7 +572,8 @@ fn a_step_that_is_not_done_right_is_refused() {
     let unused = step.finish().unwrap_err().to_string();
     assert_eq!(unused, "kv cache: no attention layer was given the context of the step");
 
-    // Any model may start in an empty slot, also after a context was used twice.
+    // In an empty slot, a model with a different number of layers may continue the cache, even
+    // after a step in which one context served two models.
     for layers in [&two, &one, &two] {
         of_two.truncate(1, 0).unwrap();
         attend(layers, &mut of_two).unwrap();

@@ -62,7 +62,7 @@ pub(crate) fn started(group: &Group<Dev>, op: ReduceOp, len: usize) -> Result<()
     group.start_all_reduce(op, x)?.wait().map(drop)
 }
 
-/// The call of the usual ranks, the call of the odd rank, and both calls' descriptions in the
+/// The call of all ranks but one, the call of the odd rank, and both calls' descriptions in the
 /// error.
 pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
     // The odd rank makes an additional started call. No rank waits for this call, so only the
@@ -86,7 +86,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "barrier(call 1)",
         "all_reduce(sum, f32 [6], call 1)",
     ),
-    // Calls of another operation.
+    // The odd rank calls a different operation.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| broadcast(group, 0, 6),
@@ -106,7 +106,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "barrier(",
         "all_reduce(max",
     ),
-    // Calls with other arguments.
+    // The odd rank passes different arguments.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| reduce::<f32>(group, ReduceOp::Max, &[6]),
@@ -121,7 +121,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
     ),
     (|group| broadcast(group, 0, 6), |group| broadcast(group, 1, 6), "root 0", "root 1"),
     (|group| broadcast(group, 0, 50_000), |group| broadcast(group, 1, 50_000), "root 0", "root 1"),
-    // Calls with another element type, which may have the same size.
+    // The odd rank has a different element type. In some cases both types have the same size.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| reduce::<bf16>(group, ReduceOp::Sum, &[6]),
@@ -140,7 +140,8 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [6]",
         "f64 [3]",
     ),
-    // Calls with another shape, which may have the same number of elements.
+    // The odd rank has a different shape. In some cases both shapes have the same number of
+    // elements.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[2, 3]),
         |group| reduce::<f32>(group, ReduceOp::Sum, &[3, 2]),
@@ -154,7 +155,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [6, 1]",
     ),
     (|group| broadcast(group, 1, 6), |group| broadcast(group, 1, 7), "f32 [6]", "f32 [7]"),
-    // Calls with sizes below and above the eager limit.
+    // One payload is within the eager limit, and the other exceeds it.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[4096]),
         |group| reduce::<f32>(group, ReduceOp::Sum, &[4097]),
@@ -167,7 +168,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [100000]",
         "f32 [0]",
     ),
-    // Calls with another partition or another partitioned dimension.
+    // The odd rank has a different partition, or partitions a different dimension.
     (
         |group| gather(group, 0, &even(group)),
         |group| gather(group, 0, &slanted(group)),

@@ -299,8 +299,8 @@ fn a_partition_that_cannot_be_counted_is_an_error_on_every_rank() {
     }
 }
 
-/// A tensor that does not fit into memory is an error with the number of elements, and the rank
-/// continues.
+/// Creating a tensor that does not fit into memory returns an error with the number of elements,
+/// and the rank continues.
 #[test]
 fn memory_that_cannot_be_had_is_an_error() {
     const MANY: usize = 1 << 50;
@@ -319,8 +319,8 @@ fn memory_that_cannot_be_had_is_an_error() {
     assert_eq!(x.to_vec().unwrap(), [2.0; 3]);
 }
 
-/// Checks that every rank rejects the call by itself, even without the faulty shard, so that no
-/// rank waits in a collective.
+/// Checks that every rank rejects the call by itself, even a rank that does not hold the faulty
+/// shard. Such a rank would otherwise wait in a collective.
 fn refused_everywhere(what: &str, world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> String {
     let outcomes = ranks(world).run_each(|group| act(&group)).unwrap().into_iter();
     let messages: Vec<String> = outcomes
@@ -385,8 +385,8 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         "{message}"
     );
 
-    // The first of four ranks has two of the five blocks. These are the heads that it has without
-    // blocks, but it must reject the call like the other ranks.
+    // The first of four ranks has two of the five blocks. A partition without blocks would give it
+    // the same heads, but it must reject the call like the other ranks.
     let message = refused_everywhere("heads without blocks", 4, |group| {
         qkv(&group.with_reduction(five), &Heads::new(6, 2, 1, 4)?).map(drop)
     });
@@ -432,7 +432,7 @@ fn errors_read_alike_in_debug() {
 }
 
 /// Arrays of any element type are a weight source. Each number is rounded once to the parameter's
-/// element.
+/// element type.
 #[test]
 fn arrays_of_any_element_are_read() {
     let numbers = [1.0 + 2f32.powi(-8) + 2f32.powi(-20), -0.0, 3.5, f32::MAX];

@@ -15,7 +15,8 @@ use shardwise::{
 pub(crate) const OPS: [ReduceOp; 3] = [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
 pub(crate) const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
-/// Calls a function that is generic over the element with an element type given as a value.
+/// Calls a function that is generic over the element type. A [`DType`] selects the type at run
+/// time.
 macro_rules! with_element {
     ($dtype:expr, $function:ident($($argument:expr),*)) => {
         match $dtype {

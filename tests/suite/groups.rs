@@ -78,7 +78,8 @@ fn sharded(cols: usize) -> impl Fn(&Group<Dev>) -> Result<DTensor<Shard<1>, f64>
     }
 }
 
-/// Every layer with a group gets tensors over another group of the same size and of another size.
+/// Every layer with a group gets tensors over two other groups: one of the same size and one of a
+/// different size.
 #[test]
 fn a_layer_refuses_inputs_and_gradients_of_another_group() {
     let outcomes = ranks(4).run(|world| {
@@ -240,8 +241,8 @@ fn groups_of_one_rank_are_the_same() {
         .unwrap();
 }
 
-/// A layer rejects a tensor whose group has another reduction, because such a tensor has other
-/// bits.
+/// A layer rejects a tensor whose group has a different reduction, because the two reductions give
+/// different bits.
 #[test]
 fn a_layer_refuses_a_tensor_with_another_reduction() {
     let failed = ranks(2).run(|world| {
@@ -443,7 +444,7 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
         for tensor in ["k.weight", "v.bias", "o.bias"] {
             let seen = ranks(world).run(|group| {
                 let params = attention(&group)?.params();
-                // The test changes a copy on the last rank that this rank does not own.
+                // Changes the last rank's copy of an element that a different rank owns.
                 let mut hurt = false;
                 for param in &params {
                     let is_copy = |own: &&ParamRegion| !own.owned && own.tensor == tensor;
@@ -478,7 +479,7 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
     assert_eq!(seen_at.into_iter().collect::<std::collections::BTreeSet<_>>(), want);
 }
 
-/// Regions overlap partially, which no layer creates, and one rank has no region.
+/// The regions overlap partially (no layer creates such regions), and one rank has no region.
 #[test]
 fn copies_are_compared_where_regions_overlap() {
     let drift = |hurt: Option<(usize, usize)>| {
@@ -563,7 +564,8 @@ fn a_message_that_nobody_receives_is_an_error_at_the_end() {
         if world.rank() == 1 {
             group.exchange(Some((1, &x)), None)?;
         }
-        // A barrier of `world` is no meeting of the group in which the message was sent.
+        // The barrier is a call of `world`, not of the group in which the message was sent, so it
+        // reports no error.
         world.barrier()?;
         Ok(world.rank())
     });

@@ -171,8 +171,8 @@ pub(crate) fn files() -> Vec<(String, String, String)> {
         let module = name["src/".len()..].split(['/', '.']).next().unwrap().to_string();
         let code = without_tests(&bare(&fs::read_to_string(path).unwrap()));
         let file = &name["src/".len()..name.len() - ".rs".len()];
-        // The program's `crate` is not the library, and the root has no parent, so their paths
-        // stay.
+        // The program's `crate` is not the library, and the root has no parent. So the paths in
+        // their files are left unchanged.
         let code = if module == "bin" || module == "lib" { code } else { from_the_root(file, &code) };
         (name, module, code)
     };

@@ -37,7 +37,7 @@ fn bits<D: ndarray::Dimension>(array: &ndarray::Array<f64, D>) -> Vec<u64> {
     array.iter().map(|value| value.to_bits()).collect()
 }
 
-/// Keeps the group sizes that slow tests use on this device, and always the last one.
+/// Keeps the group sizes that slow tests use on this device, and always the last of `worlds`.
 pub(crate) fn tried(worlds: &[usize]) -> impl Iterator<Item = usize> {
     let last = worlds.last();
     worlds.iter().filter(move |&world| dev::WORLDS.contains(world) || Some(world) == last).copied()
@@ -63,8 +63,9 @@ fn in_blocks<'a>(case: Case<'a>, blocks: usize) -> Case<'a> {
 // Sums along the tree.
 
 /// The transfers of a tree sum. Two ranks with one sub-tree each reduce by one collective.
-/// Otherwise few elements of all sub-trees are gathered. For more elements, each rank sends the
-/// others their shards, and the sum is gathered unless it stays sharded.
+/// Otherwise, small tensors are gathered from all sub-trees. For larger tensors, each rank sends
+/// every other rank that rank's shard of its own sub-trees' sums. Then the shards of the total are
+/// gathered, unless the result stays sharded.
 fn tree_moves<T: Element>(
     (tree, rank): (&Tree, usize),
     [rows, cols]: [usize; 2],
@@ -392,8 +393,8 @@ fn attention_weights(query: usize, kv: usize, dim: usize, hidden: usize) -> Arra
     ])
 }
 
-/// Nine query and three key/value heads in five blocks, which split the query heads of a key/value
-/// head, and in nine blocks.
+/// Nine query and three key/value heads, in five and in nine blocks. With five blocks, the query
+/// heads of one key/value head are in different blocks.
 #[test]
 fn normalized_heads_and_separate_layers_have_the_same_bits() {
     let (heads, kv, dim, hidden) = (9, 3, 4, 10);
@@ -543,8 +544,8 @@ fn sums_of_shared_heads_have_the_same_zeros() {
     }
 }
 
-/// A rank holds the weights of a head once, even if several of its blocks share it, and norms count
-/// them once over all ranks.
+/// A rank holds the weights of a head once, even if several of its blocks share the head. Norms
+/// count these weights once over all ranks.
 #[test]
 fn shared_heads_are_held_once_and_counted_once() {
     let (dim, hidden) = (4, 10);
@@ -723,8 +724,8 @@ fn training_has_the_same_bits_at_every_size() {
     trains::<f64>(&[3, 4]);
 }
 
-/// Meshes train on one batch in 4 and in 6 microbatches. On some meshes replicas hold whole
-/// sub-trees, and on others they do not.
+/// Meshes train on one batch in 4 and in 6 microbatches. On some meshes each replica computes whole
+/// sub-trees of the sum, and on others it does not.
 #[test]
 fn meshes_of_the_same_batch_have_the_same_bits() {
     let meshes: [&[[usize; 3]]; 2] = [
@@ -862,7 +863,7 @@ fn what_cannot_be_invariant_is_refused() {
         "data parallel: not supported: a mean over replicas with an invariant reduction: use `GradReduce::Sum` and divide \
          the loss by the size of the whole batch"
     );
-    // A backward that exceeds the number of the tree's leaves is an error.
+    // It is an error to run more backwards than the tree has leaves for them.
     assert_eq!(
         refused(2, 4, |group| {
             let alone = Group::solo(group.device()).with_reduction(group.reduction());

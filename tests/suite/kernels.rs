@@ -2,9 +2,9 @@
 //! compared at 1e-12 with the reference or with a plain loop. Narrower elements are compared within
 //! bounds that are derived next to each test.
 //!
-//! In the bounds, u = ε / 2 is the rounding error of the element and v that of its accumulator.
-//! Inputs are numbers of the element type, so they have no error of their own. Bounds count
-//! first-order terms, plus 1 % for second-order terms.
+//! In the bounds, u = ε / 2 is the rounding error of the element type, and v is that of its
+//! accumulator type. Inputs are numbers of the element type, so they have no error of their own.
+//! Bounds count first-order terms, plus 1 % for second-order terms.
 
 use crate::support::{close, integers, matrix, random};
 use half::{bf16, f16};
@@ -170,7 +170,8 @@ impl Product {
         (sum(|x| x) * self.alpha + kept, sum(f64::abs) * self.alpha.abs())
     }
 
-    /// Computes the product in elements T and C, with C full of NaN if β = 0.
+    /// Computes the product of matrices of type T into a matrix of type C. If β = 0, this matrix is
+    /// full of NaN before.
     fn compute<T: Element, C: Element<Acc = T::Acc>>(&self, cpu: &Cpu) -> ArrayD<f64> {
         let ((m, k), n) = (self.a.dim(), self.b.ncols());
         let [sa, sb, sc] = self.strides;
@@ -182,9 +183,9 @@ impl Product {
         displace(&c, m, n, sc)
     }
 
-    /// |error| ≤ (k + 2) v |α| Σ|a||b| + 2 v |β c| + w |result|. The accumulator rounds k products
-    /// and sums and the two operations with α and β. C rounds once by w. In f64 the bound is 1e-12
-    /// of the absolute terms.
+    /// |error| ≤ (k + 2) v |α| Σ|a||b| + 2 v |β c| + w |result|. In the accumulator type, k
+    /// products, k sums and the two operations with α and β are rounded. The result is rounded once
+    /// to its own type, by w. In f64 the bound is 1e-12 of the absolute terms.
     fn check<T: Element, C: Element<Acc = T::Acc>>(&mut self) {
         (self.a, self.b) = (rounded::<T, _>(self.a.clone()), rounded::<T, _>(self.b.clone()));
         self.c = rounded::<C, _>(self.c.clone());
@@ -207,8 +208,8 @@ impl Product {
 proptest! {
     #![proptest_config(cases(32))]
 
-    /// All transposes and strides of A, B and C, all α and β, all elements, results in the element
-    /// and in the accumulator.
+    /// All transposes and strides of A, B and C, all α and β, and all element types. Results have
+    /// the element type or its accumulator type.
     #[test]
     fn gemm_in_any_layout(
         m in 0..20usize, k in 0..40usize, n in 0..20usize, a in layouts(), b in layouts(), c in layouts(),
@@ -536,7 +537,7 @@ fn inputs(seed: u64) -> Array2<f64> {
     x
 }
 
-/// Bounds of f and f′ in units of the accumulator's ε. In f64 they are 0.
+/// Bounds of f and f′ in units of the accumulator type's ε. In f64 they are 0.
 ///
 /// e^x errs by 2 ε, tanh by 3 ε and erf by 2 ε (see the functions' own tests). A sigmoid then errs
 /// by 3.5 ε relative to itself. Φ, and (1 + tanh)/2, err by at most 2.5 ε: half the function's
@@ -552,7 +553,8 @@ fn activation_bounds<T: Element>(x: &Array2<f64>) -> [Array2<f64>; 2] {
     ]
 }
 
-/// The bound of a result: its error in the accumulator plus its rounding to T.
+/// The bound of a result: `error`, which it has in the accumulator type, plus the error of rounding
+/// it to T.
 fn rounding<T: Element>(want: &Array2<f64>, error: Array2<f64>) -> Array2<f64> {
     match T::DTYPE {
         DType::F64 => want.mapv(|want| EXACT * (1.0 + want.abs())),
@@ -645,7 +647,7 @@ fn activations_of_large_numbers_are_linear() {
     }
 }
 
-/// Checks that y ← y + x is computed in the accumulator and rounded once.
+/// Checks that y ← y + x is computed in the accumulator type and rounded once.
 fn accumulate<T: Element, Y: Element<Acc = T::Acc>>() {
     let cpu = Cpu::poisoned();
     let (x, y) = (tensor::<T, _>(&cpu, &inputs(1)), tensor::<Y, _>(&cpu, &inputs(2)));
@@ -656,8 +658,8 @@ fn accumulate<T: Element, Y: Element<Acc = T::Acc>>() {
     assert_eq!(bits(sum.slice()), bits(&want), "{} to {}", T::DTYPE, Y::DTYPE);
 }
 
-/// A sum of two tensors is computed in the accumulator and rounded once. Column sums err by at most
-/// (rows) v Σ|x|.
+/// A sum of two tensors is computed in the accumulator type and rounded once. Column sums err by at
+/// most (rows) v Σ|x|.
 fn sums<T: Element>() {
     let cpu = Cpu::poisoned();
     let (a, b) = (tensor::<T, _>(&cpu, &inputs(1)), tensor::<T, _>(&cpu, &inputs(2)));
@@ -1003,8 +1005,9 @@ fn norms<T: Element>(rows: usize, cols: usize, seed: u64) {
         }
 
         // dx = r (g − mean g − x̂ mean(g x̂)). Let G = max|g| and X = max|x̂|. The two means err by
-        // (n + 2) v G and (n + 2) v G X, and by x̂'s error times G. They are multiplied by 1 and X.
-        // The sum of all errors is at most 3 (n + 8) v r G (1 + X + X²)(1 + r max|x|).
+        // (n + 2) v G and (n + 2) v G X, and by x̂'s error times G. In dx, the first mean's error
+        // is multiplied by 1, and the second's by X. The sum of all errors is at most
+        // 3 (n + 8) v r G (1 + X + X²)(1 + r max|x|).
         let (dx, grads) = norm(gamma.clone(), &zeros).backward(&x, &dy);
         let (tx, tgamma) = (tensor::<T, _>(&cpu, &x), tensor::<T, _>(&cpu, &gamma));
         let (_, context) = ops::normalize(kind, &tx, &tgamma, None).unwrap();
@@ -1143,17 +1146,18 @@ fn attention_agrees(heads: &Heads, sequences: &Sequences, seed: u64) {
     }
 }
 
-/// Bounds of the output and the gradient: sums like theirs, over absolute values.
+/// Returns bounds of the errors of the output and of the gradient. They are sums like those of
+/// attention itself, but over absolute values.
 ///
 /// A score errs by (d + 2) v Σ|q k|. Its weight p then errs relative to itself by
-/// t = v (2 (d + 2) S + n + 14 + 4 S). S is the largest scale Σ|q k|, and n = rows · heads is at
-/// least the number of terms of any sum. t adds the errors of the score, of the maximum or
-/// log-sum-exp, and of the softmax. Then |δo| ≤ (t + n v) Σ p|v| + u|o|.
+/// t = v (2 (d + 2) S + n + 14 + 4 S). S is the largest value of scale · Σ|q k|, and
+/// n = rows · heads is at least the number of terms of any sum. t adds the errors of the score, of
+/// the maximum or log-sum-exp, and of the softmax. Then |δo| ≤ (t + n v) Σ p|v| + u|o|.
 ///
 /// Let D = Σ|dO O|. The score's gradient ds = p (dp − D) errs by
 /// b = p (t + 4 v + (d + 2) v)(Σ|dO v| + D), and by u p D, because O was rounded. The sums over
-/// keys (dq) and queries (dk, dv) multiply b with |k| or |q| and p t with |dO|. They add n v of
-/// their absolute sum, and round once.
+/// keys (dq) and queries (dk, dv) multiply b with |k| or |q| and p t with |dO|. To this each sum
+/// adds n v times the sum of its terms' absolute values, and one rounding of the result.
 fn attention_bounds<T: Element>(
     heads: &Heads,
     qkv: &Array2<f64>,
@@ -1225,7 +1229,8 @@ fn any_heads() -> impl Strategy<Value = Heads> {
     })
 }
 
-/// Packed sequences, some of them empty, and masks that leave some without a single key.
+/// Packed sequences, some of them empty, and masks that leave some of the sequences without a
+/// single key.
 fn any_sequences() -> impl Strategy<Value = Sequences> {
     let lengths = prop::collection::vec(0..9usize, 0..5);
     (lengths, prop::option::of(0.0..1.0), any::<u64>()).prop_map(|(lengths, share, seed)| {

@@ -53,7 +53,7 @@ pub(crate) fn processes<R: Send>(
     processes_within(DEADLINE, world, rank)
 }
 
-/// Like [`processes`], with another deadline.
+/// Like [`processes`], but with a given deadline.
 pub(crate) fn processes_within<R: Send>(
     deadline: Duration,
     world: usize,

@@ -387,7 +387,7 @@ fn replicated(world: usize, inputs: usize, outputs: usize, seed: u64) {
     }
 }
 
-/// Pools each sequence to one row. The ranks of the next layer split the features of these rows.
+/// Pools each sequence to one row. The next layer shards the features of these rows over the ranks.
 fn pooled(world: usize, hidden: usize, sequences: &Sequences, seed: u64) {
     let (x, dy) = (matrix(seed, "x", sequences.rows(), hidden), matrix(seed, "dy", sequences.len(), 2));
     let w = matrix(seed, "w", 2, hidden);
@@ -615,10 +615,10 @@ fn integers_on<T: Element>(world: usize) {
     assert_eq!(got.grads["down.weight"], want.weights.down.into_dyn());
 }
 
-/// Linear layers in f32, bf16 and f16 stay within the rounding bound. Let u = ε / 2 of the element,
-/// v = ε / 2 of the accumulator, and K the number of terms. Rounded inputs and the sum in the
-/// accumulator give |error| ≤ (2u + K v) Σ|x||w|. Each rank's partial sum and the result are
-/// rounded once more.
+/// Linear layers in f32, bf16 and f16 stay within the rounding bound. Let u = ε / 2 of the element
+/// type, v = ε / 2 of the accumulator type, and K the number of terms. Rounding the inputs and
+/// summing in the accumulator type give |error| ≤ (2u + K v) Σ|x||w|. Each rank's partial sum and
+/// the result are rounded once more.
 #[test]
 fn narrow_elements_stay_within_the_rounding_bound() {
     for world in [1, 2, 3, 8] {

@@ -240,7 +240,8 @@ fn bert_has_the_hidden_states_of_transformers() {
     }
 }
 
-/// The direction in which a tensor moves: a function of the element's index in the whole tensor.
+/// The direction in which the tests change a tensor: a function of the element's index in the whole
+/// tensor.
 fn direction(region: &Region) -> impl Iterator<Item = f64> {
     region.runs().into_iter().flatten().map(|at| ((at * 31 % 17) as f64 - 8.0) / 8.0)
 }
@@ -290,7 +291,7 @@ fn measured(mut loss: impl FnMut(f64) -> f64) -> f64 {
     (8.0 * (loss(STEP) - loss(-STEP)) - (loss(2.0 * STEP) - loss(-2.0 * STEP))) / (12.0 * STEP)
 }
 
-/// Moves one tensor of a model along its direction.
+/// Adds `step` times the direction to one tensor of a model.
 fn shift(params: &[Param<f64, Dev>], tensor: &str, step: f64) -> Result<()> {
     for param in params {
         let (shape, mut values) = (param.shape(), param.value()?.to_vec()?);
@@ -336,7 +337,8 @@ fn gradients_of_models_are_those_of_their_losses() {
     }
 }
 
-/// Checks BERT's gradients of Σ hidden · dy in the same way, and its saved files.
+/// Compares BERT's gradients of Σ hidden · dy with numerical slopes, like the test above, and
+/// checks the files that BERT saves.
 #[test]
 fn bert_trains_and_is_saved() {
     let (checkpoint, config) = bert();
@@ -392,8 +394,8 @@ fn bert_trains_and_is_saved() {
     assert_eq!(hidden(&again), hidden(&checkpoint));
 }
 
-/// A model is loaded and saved by some ranks, and its files are loaded and saved by others. The
-/// last files have the tensors of the checkpoint, bit for bit.
+/// Some ranks load and save a model. Then a different number of ranks loads and saves the result.
+/// The last files have the tensors of the checkpoint, bit for bit.
 #[test]
 fn saved_models_are_what_was_read() {
     for name in DECODERS {
@@ -483,8 +485,8 @@ fn rope_has_the_frequencies_of_transformers() {
         for (key, value) in [("num_hidden_layers", 1), ("intermediate_size", 4), ("vocab_size", 7)] {
             json[key] = value.into();
         }
-        // transformers' functions accept a fraction of a head's features, but its models of these
-        // families do not.
+        // The RoPE functions of transformers accept a fraction of a head's features, but the models
+        // of these families in transformers do not.
         let share = json["rope_parameters"].as_object_mut().unwrap().remove("partial_rotary_factor");
         let ModelConfig::Decoder(config) = ModelConfig::parse(&json.to_string()).unwrap() else { panic!() };
         let mut rope = config.layers[0].rope.clone().unwrap();
@@ -538,8 +540,9 @@ fn decoding_takes_no_more_memory_from_token_to_token() {
     }
 }
 
-/// The tiny Llama of llama2.c writes the same text as llama2.c on any number of ranks. Its licence
-/// is unknown, so it is not part of the project. The test is skipped if its files are absent.
+/// The tiny Llama of llama2.c writes the same text as llama2.c on any number of ranks. The model's
+/// licence is unknown, so the model is not part of the project. The test is skipped if the model's
+/// files are absent.
 #[test]
 fn stories_are_those_of_llama2c() {
     let root = shardwise_tests::root();
@@ -788,8 +791,9 @@ fn table_rows(params: &[Param<f64, Dev>], name: &str) -> Result<Vec<(usize, Vec<
     Ok(rows)
 }
 
-/// `pad_token_id` acts like `padding_idx` of torch's `nn.Embedding`. Its row is looked up like any
-/// other, but gets no gradient from the lookup. As a row of a tied head it does get a gradient.
+/// `pad_token_id` acts like `padding_idx` of torch's `nn.Embedding`. The row of this id is looked
+/// up like any other row, but gets no gradient from the lookup. If the head is tied, the row gets a
+/// gradient from the head.
 #[test]
 fn the_word_embedding_of_padding_has_no_gradient() {
     let (checkpoint, config) = bert();

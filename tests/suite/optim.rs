@@ -38,8 +38,8 @@ fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Dev> {
     ColumnLinear::load(&group, &Weights::new(&source), 5, &columns, Bias::Add).unwrap()
 }
 
-/// Takes some steps of a layer and of the reference with the same gradients. The reference's
-/// numbers are f64 throughout.
+/// Runs some optimizer steps on a layer and in the reference, with the same gradients. The
+/// reference's numbers are f64 throughout.
 fn steps<T: Element>(
     seed: u64,
     mut step: impl FnMut(&ColumnLinear<T, Dev>) -> Result<()>,
@@ -106,7 +106,7 @@ proptest! {
     #![proptest_config(cases(16))]
 
     /// The tolerance for f32 is a few roundings per step. bf16 and f16 have f32 master weights, so
-    /// only the last rounding is to the element.
+    /// only the last rounding is to the element type.
     #[test]
     fn optimizers_agree_with_the_reference(
         momentum in prop::sample::select(vec![0.0, 0.9]), nesterov: bool, weight_decay in prop::sample::select(vec![0.0, 0.1]),
@@ -245,8 +245,9 @@ fn values(model: &Model) -> Result<Vec<f64>> {
     Ok(all)
 }
 
-/// Data parallelism over any number of ranks trains like the whole batch on one device, with uneven
-/// batches: by sums, by weighted means, in small buckets, accumulated, and by a central aggregator.
+/// Data parallelism over any number of ranks, with uneven batches, trains like one device with the
+/// whole batch. The five modes are: sums, sums in small buckets, weighted means, several backwards
+/// before one reduction, and a central aggregator.
 #[test]
 fn data_parallel_equals_the_big_batch() {
     let (samples, x, t) = (11, matrix(1, "x", 11, 3), matrix(1, "t", 11, 2));
@@ -282,8 +283,8 @@ fn data_parallel_equals_the_big_batch() {
                                 backward(&model, &x, &t, mine, 1.0 / mine.len() as f64)?;
                             }
                         }
-                        // The rank runs one sample at a time, and only the last backward is
-                        // reduced.
+                        // The rank runs one sample at a time. The accumulated gradients are reduced
+                        // in the last backward.
                         3 => {
                             let last = mine.len().saturating_sub(1);
                             for sample in &mine[..last] {

@@ -14,7 +14,7 @@ use std::{panic::resume_unwind, time::Duration};
 
 const OPS: [ReduceOp; 3] = [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
-/// Sizes below and above the limit from which ranks read each other's memory.
+/// Shapes below and above the size from which ranks read each other's memory.
 const SHAPES: [[usize; 2]; 4] = [[2, 3], [3, 2], [9, 8], [120, 150]];
 
 /// A call of a group.
@@ -110,7 +110,7 @@ enum Edit {
     Skip(usize),
     /// Makes an additional call.
     Add(usize, Call),
-    /// Makes another call.
+    /// Replaces a call by a different one.
     Change(usize, Call),
     /// Ends after this many calls.
     End(usize, End),

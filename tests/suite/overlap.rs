@@ -106,8 +106,9 @@ fn mlps_agree<T: Element>(sizes: &Sizes) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24 / dev::FEWER, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Any sizes on 1 to 8 ranks, fewer tokens than ranks and none on some, features of depth 1,
-    /// uneven shards, both residual streams, all elements and reductions.
+    /// Any sizes on 1 to 8 ranks, both residual streams, all element types and reductions. Some
+    /// cases have fewer tokens than ranks, ranks without tokens, features of depth 1, or uneven
+    /// shards.
     #[test]
     fn chunks_have_the_bits_of_the_whole(
         (world, tokens) in (1..=8usize, prop_oneof![0..20usize, 100..900usize]),
@@ -402,7 +403,8 @@ fn chunks_move_what_is_planned() {
     }
 }
 
-/// Chunks keep the order of the rows. Each rank's weight is one half of an identity matrix.
+/// Chunks keep the order of the rows. The weight is an identity matrix, of which each of the two
+/// ranks holds one row.
 #[test]
 fn rows_keep_their_places() {
     let x = Array2::from_shape_fn((300, 2), |(row, col)| (row * 2 + col) as f64);

@@ -80,7 +80,7 @@ impl<T: Element, B: Backend> Store<T, B> for Bytes<B> {
         self.decoded.borrow_mut().0.extend(ids);
         let zero = vec![T::default(); self.codes.len() / self.scales.len().max(1)];
         let rows: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
-        // An id without a row here is `NO_ROW`, because another rank holds its row. It gives zeros.
+        // The id `NO_ROW` stands for a row that a different rank holds. It gives a row of zeros.
         let mut all = Vec::new();
         for row in rows {
             if row < self.scales.len() {
@@ -246,7 +246,8 @@ fn embeds<S: ResidualStream>(world: usize, seed: u64, reduction: Reduction, byte
         }
         let (logits, saved) = head.forward(y.clone())?;
         let dx = head.backward(saved, logits.clone())?;
-        // With an invariant reduction the gradient is available once both uses have added to it.
+        // With an invariant reduction the gradient is available as soon as both uses have added to
+        // it.
         assert_eq!(params[0].grad().is_some(), reduction == Reduction::Fast);
         table.backward(&rows, dx.clone())?;
         let grad = params[0].grad().expect("two uses have added to it");
@@ -387,8 +388,8 @@ impl GradSink<f64, Dev> for Frozen {
 
 const SAMPLES: [Range<usize>; 3] = [0..2, 2..3, 3..7];
 
-/// Checks that a sink that clips per sample gives the sum of the clipped gradients of samples that
-/// are run one at a time. Returns the number of clipped gradients.
+/// Checks that a sink that clips per sample gives the same sum as running the samples one at a time
+/// and clipping each gradient. Returns the number of clipped gradients.
 fn clips<L: Layer<f64, Dev>>(
     group: &Group<Dev>,
     load: impl Fn() -> Result<L>,
@@ -508,7 +509,7 @@ fn a_frozen_weight_gets_no_gradient() {
         let ((dx, [weight, bias]), (frozen_dx, [none, frozen_bias])) = (run(&trained)?, run(&frozen)?);
         assert!(weight.is_some() && none.is_none());
         assert_eq!((dx, bias), (frozen_dx, frozen_bias));
-        // The earlier sink unfreezes the weight.
+        // Restoring the earlier sink unfreezes the weight.
         drop(frozen.weight().set_sink(before)?);
         assert_eq!(run(&frozen)?.1[0], weight);
         Ok(())
@@ -531,8 +532,8 @@ fn tokens_beyond_a_gradient_are_refused() {
     );
 }
 
-/// Replicas leave a frozen weight unchanged and train the others. A sink that cannot sum along a
-/// tree is rejected with an invariant reduction.
+/// Replicas leave a frozen weight unchanged and train the other parameters. A sink that cannot sum
+/// along a tree is rejected with an invariant reduction.
 #[test]
 fn replicas_keep_a_sink() {
     let outcomes = ranks(2).run(|group| {
@@ -596,8 +597,8 @@ fn replicas_may_be_made_anew() {
     outcomes.unwrap();
 }
 
-/// A clone of a handle is the same use of the parameter, and a tied handle is another use. With an
-/// invariant reduction the gradient is available once all uses have added to it.
+/// A handle and its clones count as one use of the parameter, and a tied handle counts as a second
+/// use. With an invariant reduction the gradient is available as soon as all uses have added to it.
 #[test]
 fn a_tie_is_another_use() {
     let outcomes = ranks(1).run(|group| {
@@ -726,8 +727,9 @@ fn a_step_of_replicas_may_end_early() {
     assert!(error.contains("w has received 1 of the 2 terms of an invariant reduction"), "{error}");
 }
 
-/// A gradient that waits for other replicas is an error, and is not treated as absent. Errors name
-/// a parameter that is listed twice or has another shape.
+/// A gradient that still waits for other replicas is not treated as absent: a norm or a step over
+/// it is an error. Errors also name a parameter that is listed twice, or whose shape differs from
+/// that of its gradient or its region.
 #[test]
 fn gradients_that_are_no_gradient_are_refused() {
     let outcomes = ranks(2).run(|group| {
@@ -778,7 +780,7 @@ fn gradients_that_are_no_gradient_are_refused() {
     assert_eq!(outcomes.unwrap(), [says.clone(), says]);
 }
 
-/// A sink that produces a gradient of another shape.
+/// A sink whose gradient does not have the shape of the parameter.
 struct Replace;
 
 impl GradSink<f64, Dev> for Replace {

@@ -1,5 +1,5 @@
-//! Models without data: the plan of one rank alone equals the transfers and the memory of the
-//! ranks.
+//! Models without data: what one rank plans alone equals the transfers and the memory of that rank
+//! in a job with data.
 
 use crate::dev::{self, Dev, ranks};
 use shardwise::{
@@ -106,7 +106,8 @@ fn encodes<S: ResidualStream, B: Backend>(
     Ok(watch.observed)
 }
 
-/// Compares a function's results on the ranks with those of each rank without data.
+/// Compares the results of a function on ranks with data with the results that each rank plans
+/// without data.
 macro_rules! same {
     ($what:expr, $world:expr, $reduction:expr, $pass:ident::<$($T:ty),*>($($given:expr),*)) => {
         ranks($world)
@@ -229,7 +230,7 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
         all.extend([moved, shared, moved].repeat(layers));
         assert!(record.take() == all);
         // The backward makes two products per product of the forward, and five per two products of
-        // attention. Only the owner of a shared head computes its part of dX.
+        // attention. Only the owner of a shared head computes the head's term of dX.
         let params = model.params();
         let regions: Vec<_> = params.iter().flat_map(|param| param.regions().to_vec()).collect();
         let keys = regions.iter().filter(|own| own.tensor.contains("k_proj"));

@@ -39,7 +39,7 @@ fn refused<R: Debug>(result: Result<R>, message: &str) {
     assert_eq!(error.to_string(), message);
 }
 
-/// Products are computed in the accumulator and rounded once. A sum over a row errs by at most
+/// Products are computed in the accumulator type and rounded once. A sum over a row errs by at most
 /// (columns) v Σ|ab|.
 fn products<T: Element>(rows: usize, cols: usize, seed: u64) {
     let drawn = |name: &str, shape: &[usize]| tensor::<T>(&random(seed, name, shape));
@@ -94,8 +94,8 @@ fn means<T: Element>(sequences: &Sequences, cols: usize, seed: u64) {
     close("gradient of the mean", &wide(&got), &dx, bound);
 }
 
-/// Checks that `top_k` returns the largest elements of each row in order, and the first of equal
-/// ones.
+/// Checks that `top_k` returns the largest elements of each row in order, with equal elements in
+/// the order of their columns.
 fn largest<T: Element>(rows: usize, cols: usize, k: usize, seed: u64) {
     let x = integers(seed, "x", rows, cols);
     let (values, ids) = ops::top_k(&tensor::<T>(&x.clone().into_dyn()), k).unwrap();

@@ -71,7 +71,7 @@ fn features(group: &Group<Cpu>) -> Result<Distributed<Shard<1>>> {
     replicated(group)?.scatter::<1>(&Partition::even(HIDDEN, group.size()))
 }
 
-/// The last rank's fault, which replaces its pass.
+/// The fault of the last rank. It replaces this rank's forward or backward.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     Fails,
@@ -238,8 +238,8 @@ fn folder(name: &str) -> std::path::PathBuf {
     shardwise_tests::root().join("tests/data").join(name)
 }
 
-/// Returns the call sites of a model's forward and backward on 2 ranks. `change` sets another
-/// reduction or overlap of the group.
+/// Returns the call sites of a model's forward and backward on 2 ranks. `change` may change the
+/// group's reduction or overlap settings.
 fn of_model<S: ResidualStream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<Cpu> + Sync) -> Vec<String> {
     let (config, checkpoint) =
         (ModelConfig::read(folder(name)).unwrap(), Checkpoint::open(folder(name)).unwrap());
@@ -460,7 +460,7 @@ impl Layer<f32, Cpu> for AsTerm {
     }
 }
 
-/// Pipeline ends that use the pipeline's output as its own gradient.
+/// Pipeline ends that return the pipeline's output as the gradient of the output.
 struct Through(Group<Cpu>);
 
 impl PipelineEnds<Replicated, f32, Cpu> for Through {

@@ -124,7 +124,8 @@ fn agree(what: &str, (losses, grads): &Step, (want_losses, want): &Step) {
     }
 }
 
-/// Compares checkpoints of every family: tied and not, transposed and with a prefix.
+/// Compares checkpoints of every family: tied and untied, with transposed weights, and with a
+/// prefix.
 #[test]
 fn every_family_is_split_into_stages() {
     for name in DECODERS {
@@ -173,7 +174,8 @@ fn stages_of_any_number_are_the_whole() {
             agree(&what, &staged::<Replicated>(&source, &config, (pp, tp), &schedule), &want);
         }
     }
-    // The blocks' options matter, because the loss differs without one of them.
+    // Without one of the blocks' options the loss differs, so the comparison above would detect a
+    // stage with wrong options.
     let mut other = config();
     other.layers[5].attention.window = None;
     assert!((whole(&source, &other, 1).0[0] - whole(&source, &config(), 1).0[0]).abs() > 1e-9);
@@ -223,8 +225,8 @@ fn what_is_no_part_of_the_model_is_refused() {
     let drawn = drops.forward(&ids, Sequences::one(2)).err().unwrap().to_string();
     assert!(drawn.contains("has dropout, but `forward` draws no masks"), "{drawn}");
 
-    // The ends have tokens for too few microbatches. Then the stages pass on another width than
-    // announced.
+    // First the ends have tokens for too few microbatches. Then the stages pass on a width that
+    // differs from the announced one.
     let schedule = Schedule::gpipe(1, 2);
     let described = [Microbatch::rows(2), Microbatch::rows(2)];
     let tokens = || vec![Tokens { ids: &ids, targets: &ids }];
@@ -268,7 +270,8 @@ fn a_checkpoint_of_more_blocks_is_refused_on_every_rank() {
             let mut more = all.clone();
             more.0.insert(name.into(), ArrayD::zeros(vec![2, 2]));
             let found = load(&more, rank).err().map(|error| error.to_string());
-            // A tensor of a block is rejected only by the rank that holds the block.
+            // An unknown tensor of an existing block is rejected only by the rank that holds the
+            // block.
             if name.contains("layers.0") && rank == 1 {
                 assert_eq!(found, None);
                 continue;

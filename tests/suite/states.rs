@@ -153,8 +153,8 @@ fn a_name_visited_twice_or_with_other_shards_is_refused_before_anything_changes(
     assert_eq!(step(&[&w, &first], 4), ["", ""]);
 }
 
-/// A caller sets a value between steps, in place or through another parameter of that name. The
-/// next step starts from this value.
+/// A caller sets a value between steps, in place or through a second parameter of the same name.
+/// The next step starts from this value.
 fn sets_values<T: Element>() {
     let device = dev::poisoned();
     let mut param = param::<T>(&device, "w", &[3, 5]);
@@ -241,7 +241,7 @@ fn a_value_set_in_one_element_leaves_the_masters_of_the_others() {
 }
 
 /// The aggregator keeps the masters and broadcasts its values after each step. The bits are those
-/// of replicas that all step.
+/// of training in which every replica steps.
 #[test]
 fn a_broadcast_leaves_the_senders_masters_alone() {
     let train = |central: bool| {
@@ -429,8 +429,8 @@ fn a_norm_that_cannot_be_clipped_is_an_error_and_no_factor() {
     }
 }
 
-/// Groups set decay and rate by name, like PyTorch's `param_groups`. All other parameters have the
-/// configuration's defaults. Gradients may come late.
+/// Parameter groups set decay and rate by name, like PyTorch's `param_groups`. All other parameters
+/// have the configuration's defaults. A parameter's first gradient may come in a later step.
 #[test]
 fn groups_have_rates_and_decays_of_their_own() {
     let device = dev::poisoned();
@@ -463,7 +463,7 @@ fn groups_have_rates_and_decays_of_their_own() {
         plain_sgd(LR * scale, decay)
     });
     for step in 0..8 {
-        // Each parameter has its first gradient one step later than the previous one.
+        // Each parameter has its first gradient one step later than the previous parameter.
         for at in 0..names.len().min(step as usize + 1) {
             let grad = give(&params[at], step);
             plain[at].step(&mut want[at], &(&grad * 0.5));
@@ -769,7 +769,7 @@ fn states_are_read_whole_or_not_at_all() {
     let full = |value| Tensor::full(&device, count.shape(), value).unwrap();
     count.set(full(9.0)).unwrap();
     assert_eq!(states.steps(), 9);
-    // The listed tensors share the optimizer's state, also after the next step.
+    // The tensors that `states` has listed share the optimizer's state, also after the next step.
     let weight = &param::<bf16>(&device, "w", &[3]);
     let params = std::slice::from_ref(weight);
     weight.set_grad(Tensor::full(&device, weight.shape(), 1.0).unwrap()).unwrap();

@@ -1,5 +1,5 @@
-//! Helpers of the layers' tests: they shard whole tensors over ranks, run a layer there with every
-//! check that holds for all layers, and assemble the results.
+//! Helpers of the layers' tests: they shard whole tensors over ranks, run a layer on these ranks
+//! with the checks that hold for every layer, and assemble the results.
 
 use crate::dev::{Dev, FEWER, ranks};
 use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice, concatenate};
@@ -60,8 +60,8 @@ pub(crate) fn close<D: ndarray::Dimension>(
     assert!(error <= tolerance, "{what}: relative difference {error:e} > {tolerance:e}");
 }
 
-/// Returns a partition of `len` over `parts` ranks, uneven by the seed. Each rank has at least one
-/// index.
+/// Returns an uneven partition of `len` over `parts` ranks, chosen by the seed. Each rank has at
+/// least one index.
 pub(crate) fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
     assert!(len >= parts);
     let stream = Philox::stream(seed, 77);
@@ -216,8 +216,8 @@ macro_rules! run {
 }
 pub(crate) use run;
 
-/// Like [`run`], but without a plan. It serves layers in many element types, whose plan another
-/// test checks in one type.
+/// Like [`run`], but without a plan. It serves tests that run a layer in many element types. A
+/// different test checks the layer's plan in one of these types.
 macro_rules! run_unplanned {
     ($T:ty, $case:expr, |$group:pat_param, $weights:pat_param| $build:expr) => {
         $crate::support::run_on::<$T, _, _>(

@@ -77,7 +77,7 @@ fn the_last_operations_are_kept() {
         .unwrap();
 }
 
-/// The action of the odd rank, and the reason for its blame.
+/// The action of the odd rank, and the reason for which this rank is blamed.
 type Fate = (fn(&Group<Cpu>) -> Result<()>, &'static str);
 
 const FATES: [Fate; 5] = [
@@ -160,7 +160,7 @@ fn of_those_that_were_late_who_was_on_its_way_is_not_blamed() {
         [record(0, 0, Some("deadline")), record(1, 999, Some("deadline")), record(2, third, Some("deadline"))]
     };
     assert_eq!(blame(&records(1500)).ranks, [2]);
-    // Both named ranks arrived in time, so neither of them alone is to blame for the deadline.
+    // Both named ranks entered the call in time. Nothing distinguishes them, so both are blamed.
     assert_eq!(blame(&records(999)).ranks, [1, 2]);
 }
 
@@ -191,7 +191,7 @@ fn records_are_read_as_they_were_written_and_damaged_ones_refused() {
     run().unwrap_err();
     let first = Record::read_all([folder.path()]).unwrap();
     run().unwrap_err();
-    // Of two jobs in a folder, the records of the second are read.
+    // If a folder has the records of two jobs, only those of the second job are read.
     let second = Record::read_all([folder.path()]).unwrap();
     assert_eq!((first.len(), second.len()), (2, 2));
     assert_ne!(first[0].job, second[0].job);

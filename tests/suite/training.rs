@@ -269,8 +269,8 @@ fn a_mesh_trains_as_the_reference_does() {
     same(&got, &Trained { params: model.0, curve }, 1e-10);
 }
 
-/// All schedules add gradients in the same order, so they give the same bits. There is no clipping,
-/// because the norm is summed rank by rank.
+/// All schedules add gradients in the same order, so they give the same bits. The test does not
+/// clip gradients, because the bits of the norm depend on how the ranks share the parameters.
 #[test]
 fn schedules_give_the_same_bits() {
     let train = |schedule: Schedule| {

@@ -283,8 +283,7 @@ fn a_process_that_comes_too_late_gets_the_error() {
     }
 }
 
-/// The ranks do not wait for the deadline, because the calls in which they wait are known before
-/// it.
+/// The ranks get the error before the deadline, because rank 0 finds the wait cycle earlier.
 #[test]
 fn processes_that_wait_in_a_circle_disagree() {
     for receiver in 0..3 {

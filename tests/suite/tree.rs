@@ -17,7 +17,7 @@ type Shape = Vec<(Vec<usize>, usize)>;
 fn shapes() -> impl Strategy<Value = Shape> {
     let depth = prop::sample::select(vec![0, 1, 3, 20, 40, 383, 384, 385, 800]);
     let term = (prop::collection::vec(depth, 0..3), 0..4_usize);
-    // A term without depth takes another code path, so most terms have a depth.
+    // A term without depth takes a different code path, so most terms have a depth.
     let term = prop_oneof![1 => term.clone(), 9 => term.prop_filter("a depth", |(depths, _)| !depths.is_empty() && !depths.contains(&0))];
     prop::collection::vec(term, 1..8).prop_map(|mut terms| {
         let (mut waiting, last) = (0, terms.len() - 1);

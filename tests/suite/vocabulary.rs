@@ -296,7 +296,7 @@ fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
                 let (losses, dx) = entropy::<T>(world, &loss, &x, &targets).unwrap();
                 let what = format!("{} + {offset:e} on {world}, {smoothing:?}, z {z}", T::DTYPE);
                 // The reference would round the offset in f64. Only z-loss depends on the offset,
-                // so without z-loss the reference gets the logits without it.
+                // so without z-loss the reference gets the logits without the offset.
                 let seen = if z == 0.0 { steps.mapv(|at| at * step) } else { x.clone() };
                 close(&what, &losses, &same.losses(&seen, &targets), bound);
                 close(&what, &dx.into_dyn(), &same.backward(&seen, &targets, 0.5), bound);
@@ -401,8 +401,8 @@ proptest! {
     }
 }
 
-/// After a mean over sequences, the masks of a replica's share of a batch are those that its
-/// sequences have in the whole batch.
+/// Each replica has some sequences of a batch. After a mean over sequences, a replica's sequences
+/// have the dropout masks that they have in the whole batch.
 #[test]
 fn dropout_of_means_does_not_depend_on_the_partition_of_the_batch() {
     let lens = [3, 1, 4, 2];

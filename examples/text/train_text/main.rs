@@ -58,7 +58,7 @@ struct Args {
     /// Split every sum into this many blocks, so that the bits of the loss do not depend on `--tp`.
     #[arg(long)]
     invariant: Option<usize>,
-    /// The element of the weights and activations.
+    /// The element type of the weights and activations.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
     #[arg(long, default_value_t = 700)]
@@ -276,7 +276,7 @@ fn dispatch(args: &Args, text: &Text) -> Result<Trained> {
     }
 }
 
-/// Samples text from the saved model on one device in f32, independent of the training mesh.
+/// Samples text from the saved model on one device in f32, whatever mesh the model was trained on.
 fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
     let checkpoint = Checkpoint::open(&args.out)?;
     let mut all = launch::threads(1, |world| {
@@ -289,8 +289,8 @@ fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
         // The sample begins with a newline, as each speech of the text does.
         let mut tokens = vec![text.characters.binary_search(&'\n').unwrap_or(0) as u32];
         for at in 0..length {
-            // Learned positions end at the context length. There the cache is emptied, and the last
-            // half of the context is read again.
+            // Learned positions end at the context length. When the cache has this many tokens, it
+            // is emptied, and the last half of the context is read again.
             let seen = if cache.len(0) < args.context {
                 &tokens[at..]
             } else {
@@ -308,8 +308,9 @@ fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
 /// The number of steps whose losses are compared. Rounding differences grow with every step.
 const COMPARED: u64 = 100;
 
-/// Returns the largest allowed difference between the losses of two meshes in these steps. With a
-/// small model, rounding alone gave 5e-15 in f64, 8e-7 in f32, 1e-2 in bf16 and 1e-3 in f16.
+/// Returns the largest allowed difference between the losses of two meshes in the first
+/// [`COMPARED`] steps. With a small model, rounding alone gave 5e-15 in f64, 8e-7 in f32, 1e-2 in
+/// bf16 and 1e-3 in f16.
 fn bound(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F64 => 1e-11,

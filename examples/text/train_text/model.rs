@@ -58,7 +58,8 @@ pub(crate) struct Gpt<S: ResidualStream, T: Element, B: Backend = Cpu> {
     replicas: DataParallel<T, B>,
 }
 
-/// Tokens and their next tokens. The sequences have one length and follow each other.
+/// Tokens and their next tokens. All sequences have `length` tokens, and are stored one after the
+/// other.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Batch {
     pub(crate) tokens: Vec<u32>,
@@ -87,9 +88,9 @@ impl<S: ResidualStream, T: Element, B: Backend> Gpt<S, T, B> {
         self.model.params()
     }
 
-    /// Accumulates the gradient of `scale` times the mean loss over the whole batch in the
-    /// parameters. Returns the loss and the gradient norm, the same on every rank. Every rank
-    /// passes the same batch.
+    /// Replaces the parameters' gradients by those of `scale` times the mean loss over the whole
+    /// batch. Returns the loss and the gradient norm, the same on every rank. Every rank passes the
+    /// same batch.
     pub(crate) fn gradients(&self, batch: &Batch, step: u64, scale: f64) -> Result<(f64, f64)> {
         let params = self.params();
         params.iter().for_each(Param::zero_grad);
@@ -112,8 +113,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Gpt<S, T, B> {
     /// backward runs as well.
     fn pass(&self, batch: &Batch, train: Option<(u64, f64)>) -> Result<f64> {
         let dp = self.mesh.group(Axis::Data);
-        // Each replica has a contiguous range of the microbatches of all replicas. A microbatch's
-        // samples depend only on the total number of microbatches.
+        // Each replica has a contiguous range of the microbatches of all replicas. How the batch is
+        // divided into microbatches depends only on their total number.
         let (count, length) = (self.pipeline.schedule().microbatches(), batch.length);
         let all = blocks(batch.tokens.len() / length.max(1), 1, count * dp.size());
         let (mut described, mut tokens) = (Vec::new(), Vec::new());

@@ -7,7 +7,7 @@ use plotters::{
 };
 use std::{error::Error, fmt::Write, path::Path};
 
-/// Writes the losses as CSV, with one line for each mesh, kind and step.
+/// Writes the losses as CSV, with one line for each mesh, kind of loss and step.
 pub(crate) fn table(path: &Path, runs: &[(String, Trained)]) -> Result<(), Box<dyn Error>> {
     let mut text = String::from("mesh,kind,step,loss\n");
     for (name, run) in runs {
