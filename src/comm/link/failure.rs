@@ -1,5 +1,5 @@
-//! Why a group breaks: the failures that rank 0 tells a rank, and the failures that a rank reports
-//! to rank 0.
+//! Why a group breaks: the failures that rank 0 reports to a rank, and those that a rank
+//! reports to rank 0.
 
 use super::{
     Cause, Link,

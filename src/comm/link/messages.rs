@@ -81,7 +81,7 @@ impl Link {
         }
     }
 
-    /// The frame that tells rank 0 that this rank waits for a message from rank `from`.
+    /// The frame that informs rank 0 that this rank waits for a message from rank `from`.
     fn waiting_frame(&self, call: &Call, from: usize) -> Frame {
         let sender = self.members[from];
         let received = self.transport.with_inbox(|inbox| inbox.received(self.group, sender));

@@ -77,7 +77,7 @@ impl Link {
         self.members.iter().position(|member| *member == rank)
     }
 
-    /// The frame that tells rank 0 that this rank no longer waits for a round.
+    /// The frame that informs rank 0 that this rank no longer waits for a round.
     fn give_up_frame(&self, round: u64) -> Frame {
         let members = self.members.iter().map(|&rank| rank as u64);
         let body = from_numbers([nanoseconds(self.transport.deadline)].into_iter().chain(members));
