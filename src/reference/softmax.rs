@@ -75,7 +75,7 @@ pub fn log_sum_exp(x: &Array2<f64>, mask: Option<&Array2<bool>>) -> Array1<f64> 
 /// `x, dx: [rows, columns]`, `mask` as in [`softmax`], `dy: [rows]`.
 ///
 /// # Panics
-/// When the shapes of `x` and `mask` differ, or `x` and `dy` in `rows`.
+/// When the shapes of `x` and `mask` differ, or `x` and `dy` have different numbers of rows.
 pub fn log_sum_exp_backward(x: &Array2<f64>, mask: Option<&Array2<bool>>, dy: &Array1<f64>) -> Array2<f64> {
     assert_eq!(x.nrows(), dy.len(), "log_sum_exp_backward: the rows of x and of dy");
     let mut dx = softmax(x, mask);
@@ -97,8 +97,8 @@ pub(super) fn softmax_of_all_backward(p: &Array1<f64>, dp: &Array1<f64>) -> Arra
     p * &(dp - p.dot(dp))
 }
 
-/// Returns the largest element that is not NaN, or -∞ without such an element. A NaN still makes
-/// the sum NaN, because the NaN has its own term in the sum.
+/// Returns the largest element that is not NaN, or -∞ if there is no such element. A NaN still
+/// makes the sum NaN, because the NaN has its own term in the sum.
 fn largest(x: &Array1<f64>) -> f64 {
     x.fold(f64::NEG_INFINITY, |largest, &x| largest.max(x))
 }

@@ -28,8 +28,8 @@ pub(super) use value;
 
 /// Visits the entries of the object at the start of the text, and returns the length of the object.
 ///
-/// `entry` receives a key and the text from the key's value on, and returns the length of the
-/// value.
+/// `entry` receives a key and the rest of the text, which starts with the key's value. It returns
+/// the length of the value.
 pub(super) fn object(
     text: &[u8],
     mut entry: impl FnMut(String, &[u8]) -> Result<usize, String>,

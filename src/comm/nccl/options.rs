@@ -10,9 +10,10 @@ pub enum Order {
     #[default]
     Any,
     /// The ranks' terms are added in rank order, as values of the accumulator type. Only the sum is
-    /// rounded to the element type. This gives the bits of thread ranks. Every rank receives all
-    /// ranks' terms of its shard and sums them. In an all-reduce the ranks then gather the sums, so
-    /// an all-reduce moves as many bytes as a reduce-scatter and an all-gather together.
+    /// rounded to the element type. The sum has the same bits as the sum of a group of thread
+    /// ranks. Every rank receives all ranks' terms of its shard and sums them. In an all-reduce the
+    /// ranks then gather the sums, so an all-reduce moves as many bytes as a reduce-scatter and an
+    /// all-gather together.
     Ranks,
 }
 
@@ -28,7 +29,8 @@ pub struct Options {
     /// other ranks to create a communicator.
     pub deadline: Duration,
     /// Whether a call blocks inside NCCL while NCCL connects the ranks. NCCL connects them at the
-    /// first call of a kind, or of a size for which it selects another algorithm.
+    /// first call of each kind, and again at the first call whose size makes it select another
+    /// algorithm.
     ///
     /// If true, a call costs microseconds. If false, NCCL creates a thread for every call, and the
     /// rank polls until the call is done. This costs tens of microseconds, but the rank itself

@@ -14,10 +14,10 @@ use crate::{
 /// For `top_p` without `top_k`: the number of candidates per row that a rank sends at first.
 const CANDIDATES: usize = 32;
 
-/// argmaxₖ (xₖ / t + gₖ) for each row x of logits, with temperature t and Gumbel noise gₖ: the
-/// sampled token, equal on every rank. Logits with the same bits give the same token at every
-/// number of ranks. Only `top_p` without `top_k` is an exception: it adds probabilities in an
-/// all-reduce, whose rounding depends on the number of ranks.
+/// Samples the token argmaxₖ (xₖ / t + gₖ) for each row x of logits, where t is the temperature and
+/// gₖ is Gumbel noise. Every rank gets the same token. Logits with the same bits give the same
+/// token at every number of ranks. Only `top_p` without `top_k` is an exception: it adds
+/// probabilities in an all-reduce, whose rounding depends on the number of ranks.
 ///
 /// The sampler draws candidate k with probability ∝ e^(xₖ / t) (Gumbel, 1954). The candidates are
 /// the tokens with the `top_k` largest logits. `top_p` keeps only the most probable candidates: as
@@ -82,9 +82,9 @@ impl Sampler {
     /// of the row's noise, usually the position that the sampled token gets in its text.
     ///
     /// # Errors
-    /// On every rank, when a field of the sampler is out of range, a row has a logit of NaN or +∞
-    /// or only logits of −∞, or a collective fails. Also for `top_p` without `top_k` under an
-    /// invariant reduction.
+    /// On every rank, when a field of the sampler is out of range, when a logit is NaN or +∞, when
+    /// all logits of a row are −∞, or when a collective fails. Also for `top_p` without `top_k`
+    /// under an invariant reduction.
     #[track_caller]
     pub fn sample<T: Element, B: Backend>(
         &self,
@@ -149,9 +149,9 @@ impl Sampler {
         Ok(chosen.into_iter().map(|(_, token)| token).collect())
     }
 
-    /// For each row, returns the most probable candidates: as few as reach `share` of the total
-    /// probability. The total is that of the `most` largest candidates, or of all tokens if `most`
-    /// is `None`.
+    /// For each row, returns the most probable candidates: the fewest that together reach `share`
+    /// of the total probability. The total is that of the `most` largest candidates, or of all
+    /// tokens if `most` is `None`.
     fn nuclei<B: Backend>(
         &self,
         group: &Group<B>,

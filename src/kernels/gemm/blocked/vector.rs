@@ -8,7 +8,7 @@ use std::slice;
 ///
 /// A value of a vector type proves that the processor has the type's instructions. Kernels get
 /// their first value from the unsafe function [`Vector::zero`]. Every other function that uses
-/// these instructions takes a value.
+/// these instructions takes a value of the vector type, which is the proof.
 ///
 /// # Safety
 /// The type must consist of [`Vector::LANES`] reals without padding, and all bits must be valid.
