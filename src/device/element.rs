@@ -16,7 +16,7 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// The element type of a tensor, as a value.
+/// The element type of a tensor, as a value. More may be added.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -24,6 +24,7 @@ mod sealed {
 /// assert_eq!(<half::bf16 as Element>::DTYPE.to_string(), "bf16");
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum DType {
     /// IEEE 754 binary64.
     F64,

@@ -24,6 +24,7 @@ macro_rules! with_element {
             shardwise::device::DType::F32 => $function::<f32, _>($($argument),*),
             shardwise::device::DType::BF16 => $function::<half::bf16, _>($($argument),*),
             shardwise::device::DType::F16 => $function::<half::f16, _>($($argument),*),
+            other => panic!("{other} has no test"),
         }
     };
 }

@@ -55,6 +55,7 @@ impl Call {
                 DType::F32 => self.make_of::<f32>(group),
                 DType::BF16 => self.make_of::<bf16>(group),
                 DType::F16 => self.make_of::<f16>(group),
+                other => panic!("{other} has no test"),
             },
         }
     }
