@@ -9,8 +9,12 @@ use crate::{
 use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     rc::Rc,
+    thread,
     time::Duration,
 };
+
+/// How long a rank that panicked waits before it exits.
+const REPORT: Duration = Duration::from_millis(100);
 
 /// Runs this process's rank of a program that `mpirun` or `srun` has started. It is the counterpart
 /// of [`crate::launch::threads`] for MPI. Without a launcher, this process is the only rank.
@@ -82,7 +86,12 @@ impl Mpi {
         match result {
             Ok(Ok(result)) => unread.map_or(Ok(result), Err),
             Ok(Err(error)) => Err(error),
-            Err(panic) => resume_unwind(panic),
+            Err(panic) => {
+                // `mpirun` ends the other processes as soon as this one exits. They need this time
+                // to report the panic.
+                thread::sleep(REPORT);
+                resume_unwind(panic)
+            }
         }
     }
 }
