@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use shardwise::{
     Error, Result, Tensor,
     comm::{Group, Op, Transfer},
-    device::{Cpu, Element, Meta},
+    device::{Cpu, DType, Element, Meta},
     kernels::{Activation, AttentionChoices, Backend, NormKind},
     launch,
     parallel::{
@@ -146,8 +146,8 @@ struct Report {
     grads: Vec<(ParamRegion, Vec<f64>)>,
     /// The rank's recorded transfers, forward and backward.
     recorded: [Vec<Transfer>; 2],
-    /// The collectives of the plan and their numbers of elements.
-    planned: [Vec<(Op, usize)>; 2],
+    /// The transfers of the plan.
+    planned: [Vec<Transfer>; 2],
     parameters: usize,
     peak: usize,
     forward: Duration,
@@ -219,7 +219,7 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
         }
     }
     for (rank, Report { planned, recorded, .. }) in reports.iter().enumerate() {
-        if *planned != [elements(&recorded[0]), elements(&recorded[1])] {
+        if planned != recorded {
             let reason = format!("rank {rank} planned {planned:?}, recorded {recorded:?}");
             return Err(Error::Invalid { op: "transformer_block", reason });
         }
@@ -307,22 +307,38 @@ fn random<S: ResidualStream, T: Element, B: Backend>(
     S::of_local(group, tokens, local)?.with_sequences(Sequences::packed(vec![args.tokens; args.batch]))
 }
 
-/// Returns the collectives of a step and their numbers of elements, forward and backward. Runs the
-/// model's code without data and without other ranks. The plan is compiled for f32 only, because
-/// the collectives do not depend on the element type.
-fn plan<S: ResidualStream>(
+/// Derives a rank's transfers in a step, forward and backward, without data and without other ranks.
+///
+/// The plan runs in bf16 for every element type T, so that it is compiled once. bf16's accumulator
+/// is another type, so the plan shows which transfers carry T and which carry its accumulator.
+fn plan<S: ResidualStream, T: Element>(
     args: &Args,
     config: &BlockConfig,
     rank: usize,
     ranks: usize,
-) -> Result<[Vec<(Op, usize)>; 2]> {
+) -> Result<[Vec<Transfer>; 2]> {
+    let in_t = |planned: Transfer| match planned.dtype {
+        DType::BF16 => Transfer { dtype: T::DTYPE, ..planned },
+        _ => Transfer { dtype: T::Acc::DTYPE, ..planned },
+    };
+    let steps = plan_in_bf16::<S>(args, config, rank, ranks)?;
+    Ok(steps.map(|transfers| transfers.into_iter().map(in_t).collect()))
+}
+
+/// Runs the model's code on a planned group.
+fn plan_in_bf16<S: ResidualStream>(
+    args: &Args,
+    config: &BlockConfig,
+    rank: usize,
+    ranks: usize,
+) -> Result<[Vec<Transfer>; 2]> {
     let (group, record) = Group::planned(&Meta::new(), rank, ranks)?;
-    let block = load::<S, f32, Meta>(args, config, &group)?;
+    let block = load::<S, bf16, Meta>(args, config, &group)?;
     record.take();
     let (_, saved) = block.forward(random(args, &group, "x")?)?;
     let forward = record.take();
     block.backward(saved, random(args, &group, "dy")?)?;
-    Ok([forward, record.take()].map(|transfers| elements(&transfers)))
+    Ok([forward, record.take()])
 }
 
 fn rank<S: ResidualStream, T: Element, B: Backend>(
@@ -378,7 +394,7 @@ fn rank<S: ResidualStream, T: Element, B: Backend>(
         dx: wide(dx.local())?,
         grads,
         recorded,
-        planned: plan::<S>(args, config, group.rank(), group.size())?,
+        planned: plan::<S, T>(args, config, group.rank(), group.size())?,
         parameters,
         peak: group.device().memory().peak,
         forward: median(&mut forwards),
@@ -406,11 +422,6 @@ fn whole(reports: &[Report]) -> BTreeMap<String, Vec<f64>> {
         }
     }
     tensors
-}
-
-/// Returns the operations and their numbers of elements.
-fn elements(transfers: &[Transfer]) -> Vec<(Op, usize)> {
-    transfers.iter().map(|transfer| (transfer.op, transfer.elements)).collect()
 }
 
 /// Returns how often each operation occurs, and the minimum number of bytes that a rank sends for
