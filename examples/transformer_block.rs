@@ -307,7 +307,7 @@ fn random<S: ResidualStream, T: Element, B: Backend>(
     S::of_local(group, tokens, local)?.with_sequences(Sequences::packed(vec![args.tokens; args.batch]))
 }
 
-/// Derives a rank's transfers in a step, forward and backward, without data and without other ranks.
+/// Derives the transfers of a rank in a step, forward and backward, without data or other ranks.
 ///
 /// The plan runs in bf16 for every element type T, so that it is compiled once. bf16's accumulator
 /// is another type, so the plan shows which transfers carry T and which carry its accumulator.
