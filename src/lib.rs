@@ -74,6 +74,7 @@ pub mod models;
 pub mod ops;
 pub mod optim;
 pub mod parallel;
+pub mod plan;
 pub mod prelude;
 #[cfg(feature = "reference")]
 pub mod reference;

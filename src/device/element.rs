@@ -23,7 +23,7 @@ mod sealed {
 /// assert_eq!([DType::F64, DType::F32, DType::BF16, DType::F16].map(DType::size), [8, 4, 2, 2]);
 /// assert_eq!(<half::bf16 as Element>::DTYPE.to_string(), "bf16");
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum DType {
     /// IEEE 754 binary64.

@@ -1,8 +1,15 @@
 //! A device without memory, like PyTorch's meta device. A buffer has only a length.
 
-use super::{Device, Element, MemoryUse};
+use super::{DType, Device, Element, MemoryUse};
 use crate::error::{Error, Result};
-use std::{cell::Cell, fmt, marker::PhantomData, ops::Range, rc::Rc};
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    fmt,
+    marker::PhantomData,
+    ops::Range,
+    rc::Rc,
+};
 
 /// A device that holds no values and computes none. The device counts the bytes that tensors would
 /// take, and the floating-point operations of matrix products and attention.
@@ -40,6 +47,33 @@ struct Counts {
     live: Cell<usize>,
     peak: Cell<usize>,
     flops: Cell<u64>,
+    work: RefCell<HashMap<Work, u64>>,
+}
+
+/// A kernel that a [`Meta`] device was asked to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub struct Work {
+    /// The family of the kernel.
+    pub kind: WorkKind,
+    /// The element type of its operands.
+    pub dtype: DType,
+    /// Its floating-point operations, as [`Meta::flops`] counts them.
+    pub flops: u64,
+    /// The bytes of its operands, each read or written once.
+    pub bytes: u64,
+}
+
+/// The families of kernels that [`Work`] distinguishes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum WorkKind {
+    /// A matrix product.
+    Product,
+    /// Attention.
+    Attention,
+    /// Any other kernel: element-wise, normalization, softmax, loss, gather, optimizer.
+    Elementwise,
 }
 
 impl Meta {
@@ -61,6 +95,19 @@ impl Meta {
     /// Unlike PyTorch, this does not count the pairs that masks hide.
     pub fn flops(&self) -> u64 {
         self.0.flops.get()
+    }
+
+    /// Removes and returns the kernels since the last call, each with the number of its runs, in
+    /// ascending order.
+    pub fn take_work(&self) -> Vec<(Work, u64)> {
+        let mut all: Vec<_> = self.0.work.take().into_iter().collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// Sets the peak of [`Device::memory`] to the bytes that are live now.
+    pub fn reset_peak(&self) {
+        self.0.peak.set(self.0.live.get());
     }
 
     /// Adds the operations of a kernel.

@@ -19,7 +19,7 @@ pub(crate) use cpu::{Kernel, vectorized, widest, zeroed};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
 pub use element::{Accumulator, AnyBuffer, AnyMut, AnyRef, DType, Element};
-pub use meta::{Meta, MetaBuffer, MetaSlice, MetaSliceMut};
+pub use meta::{Meta, MetaBuffer, MetaSlice, MetaSliceMut, Work, WorkKind};
 
 use crate::error::Result;
 use std::{fmt, ops::Range};

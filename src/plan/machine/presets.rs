@@ -1,0 +1,1 @@
+//! Machines with published rates.
