@@ -11,7 +11,7 @@ use std::{cell::RefCell, fmt, rc::Rc, time::Duration};
 
 /// The operation and size of one transfer. Of the two ranks of an exchange, only the sender logs
 /// it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Transfer {
     /// The operation.
     pub op: Op,

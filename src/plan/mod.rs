@@ -1,13 +1,22 @@
 //! Planning: which strategy fits a model and a machine, and how fast it is.
 
+mod dry;
 mod job;
+mod limits;
 mod machine;
 mod outcome;
+mod preview;
+mod search;
+mod stage;
 mod strategy;
 mod timeline;
 
 pub use job::{Goal, Job};
+pub use limits::Limits;
 pub use machine::{Link, Machine, Rate};
 pub use outcome::{Exposed, Memory, Passes, Plan, Plans, RankUse, Refusal, Verdict};
+pub use preview::Preview;
+pub use search::{plan, plan_within};
+pub use stage::{Traffic, Transfers};
 pub use strategy::Strategy;
 pub use timeline::{Span, SpanWork, Timeline};

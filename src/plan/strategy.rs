@@ -2,6 +2,7 @@
 
 use crate::{error::Result, shard::Mesh, train::Schedule};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// How a job is divided over ranks: what a program passes to the constructors of meshes, schedules
 /// and models.
@@ -32,6 +33,41 @@ pub struct Strategy {
 }
 
 impl Strategy {
+    /// A strategy on `data · pipeline · tensor` ranks: one microbatch of `sequences` sequences, one
+    /// stage a pipeline rank, without recomputation and sequence parallelism.
+    pub fn new(data: usize, pipeline: usize, tensor: usize, sequences: usize) -> Self {
+        Self {
+            data,
+            pipeline,
+            tensor,
+            chunks: 1,
+            microbatches: 1,
+            sequences,
+            recomputed: 0,
+            sequence_parallel: false,
+        }
+    }
+
+    /// Sets the number of stages of each pipeline rank.
+    pub fn with_chunks(self, chunks: usize) -> Self {
+        Self { chunks, ..self }
+    }
+
+    /// Sets the number of microbatches of each replica in a step.
+    pub fn with_microbatches(self, microbatches: usize) -> Self {
+        Self { microbatches, ..self }
+    }
+
+    /// Sets the number of leading blocks that recompute their forward.
+    pub fn with_recomputed(self, recomputed: usize) -> Self {
+        Self { recomputed, ..self }
+    }
+
+    /// Sets whether the residual stream is sharded over tokens.
+    pub fn with_sequence_parallel(self, sequence_parallel: bool) -> Self {
+        Self { sequence_parallel, ..self }
+    }
+
     /// The number of ranks.
     pub fn ranks(&self) -> usize {
         self.data.saturating_mul(self.pipeline).saturating_mul(self.tensor)
@@ -54,5 +90,23 @@ impl Strategy {
             1 => Ok(Schedule::one_forward_one_backward(self.pipeline, self.microbatches)),
             chunks => Schedule::interleaved(self.pipeline, chunks, self.microbatches),
         }
+    }
+}
+
+/// Such as `dp 2, tp 4, pp 1, 8 x 2 sequences, sp, 3 blocks recomputed`.
+impl fmt::Display for Strategy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { data, pipeline, tensor, chunks, microbatches, sequences, recomputed, sequence_parallel } =
+            *self;
+        write!(f, "dp {data}, tp {tensor}, pp {pipeline}")?;
+        if chunks > 1 {
+            write!(f, " x {chunks} stages")?;
+        }
+        write!(f, ", {microbatches} x {sequences} sequences")?;
+        f.write_str(if sequence_parallel { ", sp" } else { "" })?;
+        if recomputed > 0 {
+            write!(f, ", {recomputed} blocks recomputed")?;
+        }
+        Ok(())
     }
 }

@@ -58,6 +58,26 @@ struct Round<T: Element, B: Device> {
     started: Vec<Pending<T::Acc, B>>,
 }
 
+/// Assigns parameters of these numbers of elements to buckets of at most `capacity` elements, in the
+/// reverse order of `lengths`. Returns each parameter's bucket, offset and length, and the lengths
+/// of the buckets.
+pub(crate) fn assign(lengths: &[usize], capacity: usize) -> (Vec<(usize, usize, usize)>, Vec<usize>) {
+    let (mut places, mut filled) = (vec![(0, 0, 0); lengths.len()], Vec::<usize>::new());
+    for (number, &len) in lengths.iter().enumerate().rev() {
+        match filled.last_mut() {
+            Some(last) if *last + len <= capacity.max(1) => {
+                *last += len;
+                places[number] = (filled.len() - 1, filled[filled.len() - 1] - len, len);
+            }
+            _ => {
+                places[number] = (filled.len(), 0, len);
+                filled.push(len);
+            }
+        }
+    }
+    (places, filled)
+}
+
 /// A bucket whose reduction has not started.
 struct Filling<T: Element, B: Device> {
     flat: Option<Tensor<T::Acc, B>>,
@@ -76,20 +96,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         trees: Option<Vec<Tree>>,
         bytes: usize,
     ) -> Self {
-        let capacity = (bytes / T::Acc::DTYPE.size()).max(1);
-        let (mut places, mut filled) = (vec![(0, 0, 0); lengths.len()], Vec::<usize>::new());
-        for (number, &len) in lengths.iter().enumerate().rev() {
-            match filled.last_mut() {
-                Some(last) if *last + len <= capacity => {
-                    places[number] = (filled.len() - 1, filled[filled.len() - 1], len);
-                    *filled.last_mut().expect("the bucket matched above") += len;
-                }
-                _ => {
-                    places[number] = (filled.len(), 0, len);
-                    filled.push(len);
-                }
-            }
-        }
+        let (places, filled) = assign(lengths, bytes / T::Acc::DTYPE.size());
         // Two replicas with one sub-tree each need no tree, because a sum of two numbers has only
         // one order.
         let pair = |tree: &Tree| tree.ranks() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1);

@@ -83,7 +83,7 @@ pub struct DataParallel<T: Element, B: Backend> {
 }
 
 /// The default size of buckets in bytes, as in PyTorch.
-const BUCKET: usize = 25 << 20;
+pub(crate) const BUCKET: usize = 25 << 20;
 
 impl<T: Element, B: Backend> DataParallel<T, B> {
     /// Broadcasts rank 0's values of these parameters, and collects their gradients in buckets from

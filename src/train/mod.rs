@@ -16,6 +16,8 @@ mod pipeline;
 mod sampler;
 mod schedule;
 
+pub(crate) use buckets::assign as assign_buckets;
+pub(crate) use data_parallel::BUCKET;
 pub use data_parallel::{DataParallel, GradReduce};
 pub use drift::check_replicas;
 pub use pipeline::{Microbatch, Pipeline, PipelineEnds};

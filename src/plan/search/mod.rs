@@ -1,0 +1,135 @@
+//! The search for the best plans: every strategy is considered, best first.
+
+mod refusals;
+mod serving;
+mod training;
+
+use super::{Goal, Job, Limits, Machine, Memory, Plans, Verdict};
+use crate::error::{Error, Result};
+
+const OP: &str = "plan";
+
+/// The number of plans that are returned.
+const BEST: usize = 10;
+
+/// Finds the best plans of a job on a machine.
+///
+/// ```
+/// use shardwise::{models::DecoderConfig, plan::{Job, Machine, plan}, prelude::*};
+/// let attention = AttentionConfig::new(2048, 16).with_choices(AttentionChoices::CAUSAL);
+/// let block = BlockConfig::new(attention, 8192, Activation::GeluTanh, NormKind::LayerNorm { eps: 1e-5 });
+/// let job = Job::train(DecoderConfig::new(50304, block, 24), DType::BF16, 512, 2048);
+/// let plans = plan(&job, &Machine::preset("a100-80g")?.with_ranks(64))?;
+/// let best = &plans.best[0];
+/// assert!(best.strategy.ranks() <= 64);
+/// assert!(best.ranks[0].memory.total() < 80 << 30);
+/// # Ok::<(), Error>(())
+/// ```
+///
+/// # Errors
+/// As [`plan_within`].
+pub fn plan(job: &Job, machine: &Machine) -> Result<Plans> {
+    plan_within(job, machine, &Limits::default())
+}
+
+/// As [`plan`], among the strategies that have the values of `limits`.
+///
+/// Every strategy is considered: data, pipeline and tensor parallelism over at most
+/// `machine.ranks` ranks, the number of stages of a pipeline rank, the size of microbatches,
+/// sequence parallelism, and the smallest number of recomputed blocks with which the plan fits.
+/// Plans that fit come first, the fastest first.
+///
+/// # Errors
+/// When a number of the machine is not valid ([`Machine::check`]), the job has no sequences or
+/// tokens or more tokens than the model has positions, a limit cannot be kept (the error says what
+/// would work), the machine has no rate for the element type, or the model cannot be loaded.
+/// [`Error::Unsupported`] for f64. It is not an error if nothing fits: then [`Plans::best`] is
+/// empty.
+pub fn plan_within(job: &Job, machine: &Machine, limits: &Limits) -> Result<Plans> {
+    machine.check()?;
+    check(job, machine, limits)?;
+    match job.goal {
+        Goal::Train { batch, tokens } => training::search(job, machine, limits, batch, tokens),
+        Goal::Serve { batch, context } => serving::search(job, machine, limits, batch, context),
+    }
+}
+
+/// Checks the sizes of a job, and that the limits can be kept.
+fn check(job: &Job, machine: &Machine, limits: &Limits) -> Result<()> {
+    let (batch, tokens) = match job.goal {
+        Goal::Train { batch, tokens } => (batch, tokens),
+        Goal::Serve { batch, context } => (batch, context),
+    };
+    if batch == 0 || tokens == 0 {
+        return Err(Error::invalid(OP, format!("a step of {batch} sequences of {tokens} tokens")));
+    }
+    if let Some(positions) = job.model.positions.filter(|&positions| positions < tokens) {
+        let reason = format!(
+            "sequences of {tokens} tokens, but the model has {positions} positions: use at most {positions} tokens"
+        );
+        return Err(Error::invalid(OP, reason));
+    }
+    let (layers, heads) = (job.model.layers.len(), job.model.block.attention.heads);
+    let serves = matches!(job.goal, Goal::Serve { .. });
+    let most = [
+        ("data", "replicas", limits.data, batch, "sequences in a step"),
+        ("pipeline", "pipeline ranks", limits.pipeline, layers, "blocks in the model"),
+        ("tensor", "tensor-parallel ranks", limits.tensor, heads, "query heads in the model"),
+        ("sequences", "sequences in a microbatch", limits.sequences, batch, "sequences in a step"),
+    ];
+    for (what, of, limit, most, why) in most {
+        let Some(value) = limit else { continue };
+        if value == 0 || value > most {
+            let reason =
+                format!("`{what}` is {value}: the number of {of} is between 1 and {most}, the {why}");
+            return Err(Error::invalid(OP, reason));
+        }
+    }
+    if serves && limits.pipeline.is_some_and(|pipeline| pipeline > 1) {
+        let reason = "generation over a pipeline: use data and tensor parallelism".into();
+        return Err(Error::Unsupported { op: OP, reason });
+    }
+    let ranks = [limits.data, limits.pipeline, limits.tensor].map(|limit| limit.unwrap_or(1));
+    let ranks = ranks.into_iter().fold(1, usize::saturating_mul);
+    if ranks > machine.ranks {
+        let reason = format!("the limits need {ranks} ranks, but the machine has {}", machine.ranks);
+        return Err(Error::invalid(OP, reason));
+    }
+    Ok(())
+}
+
+/// The numbers of tensor-parallel ranks that are considered: all within a node, and the divisors of
+/// the number of ranks beyond it.
+fn tensor_sizes(job: &Job, machine: &Machine, limits: &Limits) -> Vec<usize> {
+    if let Some(tensor) = limits.tensor {
+        return vec![tensor];
+    }
+    let most = job.model.block.attention.heads.min(machine.ranks);
+    let considered =
+        |&tensor: &usize| tensor <= machine.ranks_per_node || machine.ranks.is_multiple_of(tensor);
+    (1..=most).filter(considered).collect()
+}
+
+/// The numbers of replicas that are considered if `ranks` ranks are left for them and `of_node` of
+/// these are in one node: one, as many as a node has, and all.
+fn replicas(batch: usize, ranks: usize, of_node: usize, limits: &Limits) -> Vec<usize> {
+    let most = ranks.min(batch);
+    if let Some(data) = limits.data {
+        return if data <= ranks { vec![data] } else { Vec::new() };
+    }
+    let mut sizes = vec![1, of_node.clamp(1, most), most];
+    sizes.dedup();
+    sizes
+}
+
+/// Whether a memory suffices.
+fn verdict(machine: &Machine, memory: &Memory) -> Verdict {
+    let share = memory.total() as f64 / machine.memory as f64;
+    if share <= machine.fits {
+        Verdict::Fits
+    } else if share <= machine.tight {
+        Verdict::Tight
+    } else {
+        Verdict::OutOfMemory
+    }
+}

@@ -1,0 +1,45 @@
+//! Counts of refused strategies.
+
+use super::super::{Refusal, Strategy};
+use std::collections::BTreeMap;
+
+/// Why strategies were refused.
+#[derive(Default)]
+pub(super) struct Refusals {
+    counts: BTreeMap<String, usize>,
+    out_of_memory: usize,
+    /// The strategy that needs the fewest bytes of those that need too many.
+    nearest: Option<(u64, Strategy)>,
+}
+
+impl Refusals {
+    pub(super) fn add(&mut self, reason: String, count: usize) {
+        if count > 0 {
+            *self.counts.entry(reason).or_default() += count;
+        }
+    }
+
+    /// Refuses a strategy that needs at least `bytes` bytes.
+    pub(super) fn out_of_memory(&mut self, bytes: u64, strategy: &Strategy) {
+        self.out_of_memory += 1;
+        if self.nearest.is_none_or(|(least, _)| bytes < least) {
+            self.nearest = Some((bytes, *strategy));
+        }
+    }
+
+    /// Lists the reasons. `limit` is the memory that a plan may use.
+    pub(super) fn list(self, limit: u64) -> Vec<Refusal> {
+        let mut all: Vec<_> =
+            self.counts.into_iter().map(|(reason, count)| Refusal { count, reason }).collect();
+        if let Some((bytes, strategy)) = self.nearest {
+            let reason = format!(
+                "out of memory: {strategy}, which needs the least, holds {:.1} GB, but a plan may hold {:.1} GB",
+                bytes as f64 / 1e9,
+                limit as f64 / 1e9
+            );
+            all.push(Refusal { count: self.out_of_memory, reason });
+        }
+        all.sort_by_key(|refusal| std::cmp::Reverse(refusal.count));
+        all
+    }
+}

@@ -1,0 +1,98 @@
+//! The search for serving.
+
+use super::{
+    super::{
+        Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, Strategy, Verdict,
+        dry::{self, Serving},
+    },
+    BEST, OP,
+    refusals::Refusals,
+    replicas, tensor_sizes, verdict,
+};
+use crate::{
+    device::DType,
+    error::{Error, Result},
+};
+use half::bf16;
+
+/// Finds the best strategies for generating `batch` sequences of at most `context` tokens.
+pub(super) fn search(
+    job: &Job,
+    machine: &Machine,
+    limits: &Limits,
+    batch: usize,
+    context: usize,
+) -> Result<Plans> {
+    let (mut refusals, mut considered, mut plans) = (Refusals::default(), 0, Vec::new());
+    for tensor in tensor_sizes(job, machine, limits) {
+        let (left, of_node) = (machine.ranks / tensor, machine.ranks_per_node / tensor);
+        for data in replicas(batch, left, of_node, limits) {
+            considered += 1;
+            let strategy = Strategy::new(data, 1, tensor, batch.div_ceil(data));
+            let plan = evaluate(job, machine, &strategy, batch, context)?;
+            if plan.verdict == Verdict::OutOfMemory {
+                refusals.out_of_memory(plan.ranks[0].memory.total(), &strategy);
+            } else {
+                plans.push(plan);
+            }
+        }
+    }
+    plans.sort_by(|a, b| a.verdict.cmp(&b.verdict).then(a.seconds.total_cmp(&b.seconds)));
+    plans.truncate(BEST);
+    let limit = (machine.memory as f64 * machine.tight) as u64;
+    let refused = refusals.list(limit);
+    Ok(Plans { job: job.clone(), machine: machine.clone(), best: plans, considered, refused })
+}
+
+fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, context: usize) -> Result<Plan> {
+    let Strategy { data, tensor, sequences, .. } = *strategy;
+    let run = match job.dtype {
+        DType::F32 => Serving::run::<f32>,
+        DType::BF16 | DType::F16 => Serving::run::<bf16>,
+        DType::F64 => {
+            let reason = "plans are for f32, bf16 and f16, not for f64".into();
+            return Err(Error::Unsupported { op: OP, reason });
+        }
+    };
+    let mut ranks = Vec::new();
+    for rank in dry::distinct_ranks(&job.model, tensor, sequences)? {
+        let mut serving = run(&job.model, (rank, tensor), (sequences, context), job.dtype)?;
+        serving.price(machine, tensor)?;
+        ranks.push(serving);
+    }
+    let memory = |serving: &Serving| Memory {
+        weights: serving.weights,
+        cache: serving.cache,
+        transients: serving.prefill.peak.max(serving.decode.peak) as u64,
+        ..Memory::default()
+    };
+    let seconds = |serving: &Serving| serving.decode.time.total();
+    let slowest = ranks.iter().max_by(|a, b| seconds(a).total_cmp(&seconds(b)));
+    let fullest = ranks.iter().map(memory).max_by_key(Memory::total);
+    let (Some(slowest), Some(memory)) = (slowest, fullest) else {
+        return Err(Error::internal(OP, "a tensor-parallel group without ranks"));
+    };
+    let decode = slowest.decode.time;
+    let sent =
+        slowest.decode.transfers.iter().map(|(transfer, count)| transfer.wire_bytes(tensor) as u64 * count);
+    // The ranks of a group have different shards, but their operations add up to those of the model.
+    let flops = slowest.decode.flops().saturating_mul((tensor * data) as u128);
+    Ok(Plan {
+        strategy: *strategy,
+        verdict: verdict(machine, &memory),
+        seconds: decode.total(),
+        error: machine.error,
+        tokens_per_second: batch as f64 / decode.total(),
+        prefill: Some(slowest.prefill.time.total()),
+        bubble: 0.0,
+        exposed: Exposed { tensor: decode.transfers, ..Exposed::default() },
+        exchange: 0.0,
+        flops: u64::try_from(flops).unwrap_or(u64::MAX),
+        ranks: vec![RankUse {
+            pipeline: 0,
+            memory,
+            passes: vec![Passes { forward: decode.total(), backward: 0.0 }],
+            sent: sent.sum(),
+        }],
+    })
+}

@@ -1,0 +1,340 @@
+//! The search for training.
+
+use super::{
+    super::{
+        Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, Strategy, Verdict,
+        dry::{self, Training},
+        preview,
+        stage::Stage,
+        timeline,
+    },
+    BEST, OP,
+    refusals::Refusals,
+    replicas, tensor_sizes, verdict,
+};
+use crate::{
+    error::{Error, Result},
+    shard::Partition,
+    train::Pass,
+};
+use std::{collections::HashMap, rc::Rc};
+
+/// The dry runs of a tensor-parallel group: one for each size of shards.
+type Group = Rc<Vec<Training>>;
+
+struct Search<'a> {
+    job: &'a Job,
+    machine: &'a Machine,
+    batch: usize,
+    tokens: usize,
+    /// The kind of each block.
+    kinds: Vec<usize>,
+    /// By the values of a strategy on which they depend.
+    groups: HashMap<(usize, bool, usize, bool), Group>,
+}
+
+/// A strategy that may fit, and a time that its step is not below.
+struct Candidate {
+    strategy: Strategy,
+    seconds: f64,
+}
+
+/// Finds the best strategies for training steps of `batch` sequences of `tokens` tokens.
+pub(super) fn search(
+    job: &Job,
+    machine: &Machine,
+    limits: &Limits,
+    batch: usize,
+    tokens: usize,
+) -> Result<Plans> {
+    let (_, kinds) = dry::kinds(&job.model);
+    let mut search = Search { job, machine, batch, tokens, kinds, groups: HashMap::new() };
+    let (mut refusals, mut considered, mut candidates) = (Refusals::default(), 0, Vec::new());
+    for strategy in search.strategies(limits) {
+        considered += 1;
+        let group = search.group(&strategy)?;
+        let bytes = search.least_memory(&group, &strategy, search.kinds.len());
+        if bytes as f64 > machine.memory as f64 * machine.tight {
+            refusals.out_of_memory(bytes, &strategy);
+            continue;
+        }
+        let seconds = search.least_seconds(&group, &strategy);
+        candidates.push(Candidate { strategy, seconds });
+    }
+    candidates.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    let mut best: Vec<Plan> = Vec::new();
+    for Candidate { strategy, seconds } in candidates {
+        // No later candidate is faster than the last of the best.
+        let fits = best.iter().filter(|plan| plan.verdict == Verdict::Fits).nth(BEST - 1);
+        if fits.is_some_and(|last| last.seconds <= seconds) {
+            break;
+        }
+        let plan = search.evaluate(strategy)?;
+        if plan.verdict == Verdict::OutOfMemory {
+            let most = plan.ranks.iter().map(|rank| rank.memory.total()).max().unwrap_or(0);
+            refusals.out_of_memory(most, &plan.strategy);
+            continue;
+        }
+        let before = |other: &Plan| {
+            other.verdict.cmp(&plan.verdict).then(other.seconds.total_cmp(&plan.seconds)).is_le()
+        };
+        let at = best.partition_point(before);
+        best.insert(at, plan);
+    }
+    best.truncate(BEST);
+    let refused = refusals.list((machine.memory as f64 * machine.tight) as u64);
+    Ok(Plans { job: job.clone(), machine: machine.clone(), best, considered, refused })
+}
+
+impl Search<'_> {
+    /// Lists the strategies, without recomputation.
+    fn strategies(&self, limits: &Limits) -> Vec<Strategy> {
+        let (layers, machine, mut all) = (self.kinds.len(), self.machine, Vec::new());
+        for tensor in tensor_sizes(self.job, machine, limits) {
+            for pipeline in pipeline_sizes(layers, machine.ranks / tensor, limits) {
+                let replica = pipeline * tensor;
+                let (left, of_node) = (machine.ranks / replica, machine.ranks_per_node / replica);
+                for data in replicas(self.batch, left, of_node, limits) {
+                    for (sequences, microbatches) in microbatches(self.batch, data, limits) {
+                        let chunks = chunk_counts(layers, pipeline, microbatches);
+                        for (chunks, sp) in chunks.into_iter().flat_map(|chunks| {
+                            let sps = if tensor > 1 { &[false, true][..] } else { &[false] };
+                            sps.iter().map(move |&sp| (chunks, sp))
+                        }) {
+                            if limits.sequence_parallel.is_some_and(|limit| limit != sp) {
+                                continue;
+                            }
+                            all.push(
+                                Strategy::new(data, pipeline, tensor, sequences)
+                                    .with_microbatches(microbatches)
+                                    .with_chunks(chunks)
+                                    .with_sequence_parallel(sp),
+                            );
+                        }
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// The dry runs of a strategy.
+    fn group(&mut self, strategy: &Strategy) -> Result<Group> {
+        let Strategy { tensor, sequence_parallel, sequences, pipeline, .. } = *strategy;
+        let key = (tensor, sequence_parallel, sequences, pipeline > 1 && self.job.model.tied);
+        if let Some(group) = self.groups.get(&key) {
+            return Ok(Rc::clone(group));
+        }
+        let mut group = Vec::new();
+        for rank in dry::distinct_ranks(&self.job.model, tensor, sequences * self.tokens)? {
+            let mut training = preview::training(self.job, strategy, rank, self.tokens)?;
+            training.price(self.machine, tensor)?;
+            group.push(training);
+        }
+        let group = Rc::new(group);
+        self.groups.insert(key, Rc::clone(&group));
+        Ok(group)
+    }
+
+    fn stage<'a>(&'a self, dry: &'a Training, strategy: &'a Strategy, rank: usize) -> Stage<'a> {
+        Stage::new(dry, strategy, rank, self.job.dtype, &self.kinds)
+    }
+
+    /// Bytes that the first or the last pipeline rank holds at least, with `recomputed` recomputed
+    /// blocks.
+    fn least_memory(&self, group: &Group, strategy: &Strategy, recomputed: usize) -> u64 {
+        let strategy = strategy.with_recomputed(recomputed);
+        let Strategy { pipeline, chunks, microbatches, .. } = strategy;
+        // The number of microbatches whose saved values are live at once, on the first rank.
+        let in_flight = match chunks {
+            1 => microbatches.min(pipeline),
+            _ => (microbatches * chunks).min(2 * (pipeline - 1) + (chunks - 1) * pipeline + 1) / chunks,
+        };
+        let of = |dry: &Training, rank, in_flight: usize| {
+            let stage = self.stage(dry, &strategy, rank);
+            stage.held().total() + stage.gradients() + in_flight as u64 * stage.saved()
+        };
+        let least = |dry: &Training| of(dry, 0, in_flight).max(of(dry, pipeline - 1, 1));
+        group.iter().map(least).max().unwrap_or(0)
+    }
+
+    /// Seconds that a step takes at least: the last rank waits for the first microbatch, works on
+    /// all of them, and then the other ranks finish the last one.
+    fn least_seconds(&self, group: &Group, strategy: &Strategy) -> f64 {
+        let Strategy { pipeline, chunks, microbatches, .. } = *strategy;
+        let of = |dry: &Training, rank| {
+            let stage = self.stage(dry, strategy, rank);
+            (0..chunks)
+                .flat_map(|chunk| [Pass::Forward, Pass::Backward].map(|pass| (pass, chunk)))
+                .map(|(pass, chunk)| stage.time(pass, chunk).total())
+                .sum::<f64>()
+        };
+        let seconds = |dry: &Training| {
+            let (first, last) = (of(dry, 0), of(dry, pipeline - 1));
+            let fill = (pipeline - 1) as f64 * first.min(last) / chunks as f64;
+            microbatches as f64 * first.max(last) + if first > last { 0.0 } else { fill }
+        };
+        group.iter().map(seconds).fold(0.0, f64::max)
+    }
+
+    /// Plans a strategy in full: the smallest number of recomputed blocks with which it fits, its
+    /// memory, and its step.
+    fn evaluate(&mut self, strategy: Strategy) -> Result<Plan> {
+        let group = self.group(&strategy)?;
+        let layers = self.kinds.len();
+        let planned = |recomputed| {
+            let strategy = strategy.with_recomputed(recomputed);
+            let memory = self.memory(&group, &strategy)?;
+            let fullest = memory.iter().max_by_key(|memory| memory.total());
+            let verdict = fullest.map_or(Verdict::OutOfMemory, |memory| verdict(self.machine, memory));
+            Ok::<_, Error>((strategy, memory, verdict))
+        };
+        let mut plan = planned(0)?;
+        for goal in [Verdict::Fits, Verdict::Tight] {
+            if plan.2 <= goal {
+                break;
+            }
+            let most = planned(layers)?;
+            if most.2 > goal {
+                continue;
+            }
+            // More recomputed blocks need less memory.
+            let (mut too_few, mut enough) = (0, layers);
+            plan = most;
+            while enough - too_few > 1 {
+                let middle = (too_few + enough) / 2;
+                let next = planned(middle)?;
+                if next.2 <= goal {
+                    (enough, plan) = (middle, next);
+                } else {
+                    too_few = middle;
+                }
+            }
+            break;
+        }
+        let (strategy, memory, verdict) = plan;
+        self.plan(&group, strategy, memory, verdict)
+    }
+
+    /// The memory of each pipeline rank: of its fullest tensor-parallel rank.
+    fn memory(&self, group: &Group, strategy: &Strategy) -> Result<Vec<Memory>> {
+        // The first microbatches fill the memory.
+        let Strategy { pipeline, chunks, microbatches, .. } = *strategy;
+        let enough = if chunks == 1 { pipeline + 1 } else { 3 * pipeline };
+        let short = strategy.with_microbatches(microbatches.min(enough)).schedule()?;
+        let actions = short.actions()?;
+        let of = |(rank, actions): (usize, &Vec<_>)| {
+            let memory = |dry| self.stage(dry, strategy, rank).memory(actions, short.microbatches());
+            let fullest = group.iter().map(memory).max_by_key(Memory::total);
+            fullest.ok_or_else(|| Error::internal(OP, "a tensor-parallel group without ranks"))
+        };
+        actions.iter().enumerate().map(of).collect()
+    }
+
+    fn plan(&self, group: &Group, strategy: Strategy, memory: Vec<Memory>, verdict: Verdict) -> Result<Plan> {
+        let Strategy { data, pipeline, tensor, chunks, microbatches, .. } = strategy;
+        let machine = self.machine;
+        let exchange = group.iter().map(|dry| dry.exchange(self.job.dtype)).max_by_key(|own| own.elements);
+        let exchange = match exchange {
+            Some(transfer) if pipeline > 1 => machine.link(pipeline, tensor).seconds(&transfer, pipeline),
+            _ => 0.0,
+        };
+        let (mut ranks, mut update, mut reduce, mut flops) = (Vec::new(), 0.0_f64, 0.0_f64, 0_u128);
+        let mut tensor_time = Vec::new();
+        for (rank, memory) in memory.into_iter().enumerate() {
+            let stages: Vec<_> = group.iter().map(|dry| self.stage(dry, &strategy, rank)).collect();
+            // Ranks of a tensor-parallel group wait for the slowest in every layer.
+            let slowest = |pass, chunk| {
+                let times = stages.iter().map(|stage| stage.time(pass, chunk));
+                times.max_by(|a, b| a.total().total_cmp(&b.total())).unwrap_or_default()
+            };
+            let mut transfers = 0.0;
+            let passes: Vec<_> = (0..chunks)
+                .map(|chunk| {
+                    let (forward, backward) = (slowest(Pass::Forward, chunk), slowest(Pass::Backward, chunk));
+                    transfers += forward.transfers + backward.transfers;
+                    Passes { forward: forward.total(), backward: backward.total() }
+                })
+                .collect();
+            tensor_time.push(transfers * microbatches as f64);
+            // The first chunk's backward is the last pass, which the reduction runs along.
+            let hidden = passes.first().map_or(0.0, |passes| passes.backward);
+            for stage in &stages {
+                update = update.max(stage.update_time());
+                let times = stage.reduce_times(machine);
+                let (all, last) = (times.iter().sum::<f64>(), times.last().copied().unwrap_or(0.0));
+                let slower = (machine.overlap - 1.0) * all.min(hidden);
+                reduce = reduce.max((all - hidden).max(last) + slower);
+            }
+            // The ranks of a group have different shards, but their operations add up.
+            let mean = stages.iter().map(|stage| u128::from(stage.flops())).sum::<u128>()
+                / stages.len().max(1) as u128;
+            flops += mean * (tensor * data) as u128;
+            let sent = stages.iter().map(|stage| stage.traffic().sent(&strategy)).max().unwrap_or(0);
+            ranks.push(RankUse { pipeline: rank, memory, passes, sent });
+        }
+        let passes: Vec<_> = ranks.iter().map(|rank| rank.passes.clone()).collect();
+        let timeline = timeline::simulate(&strategy.schedule()?, &passes, exchange)?;
+        let busiest = (0..pipeline).max_by(|&a, &b| timeline.busy(a).total_cmp(&timeline.busy(b)));
+        let busiest = busiest.unwrap_or(0);
+        let seconds = timeline.seconds + reduce + update;
+        let messages = timeline.ranks[busiest].iter().filter(|span| span.is_exchange()).count();
+        Ok(Plan {
+            strategy,
+            verdict,
+            seconds,
+            error: machine.error,
+            tokens_per_second: (self.batch * self.tokens) as f64 / seconds,
+            prefill: None,
+            bubble: timeline.idle(busiest) / seconds,
+            exposed: Exposed {
+                tensor: tensor_time[busiest],
+                data: reduce,
+                pipeline: messages as f64 * exchange,
+            },
+            exchange,
+            flops: u64::try_from(flops).unwrap_or(u64::MAX),
+            ranks,
+        })
+    }
+}
+
+/// The numbers of pipeline ranks that are considered: of those whose largest stage has the same
+/// number of blocks, the smallest, and the divisors of the number of ranks.
+fn pipeline_sizes(layers: usize, ranks: usize, limits: &Limits) -> Vec<usize> {
+    if let Some(pipeline) = limits.pipeline {
+        return if pipeline <= ranks { vec![pipeline] } else { Vec::new() };
+    }
+    let considered = |&pipeline: &usize| {
+        let smaller = pipeline > 1 && layers.div_ceil(pipeline - 1) == layers.div_ceil(pipeline);
+        !smaller || ranks.is_multiple_of(pipeline)
+    };
+    (1..=layers.min(ranks)).filter(considered).collect()
+}
+
+/// The sizes of microbatches, in sequences, and their numbers for each replica. Sizes are powers of
+/// two as far as the batch allows.
+fn microbatches(batch: usize, data: usize, limits: &Limits) -> Vec<(usize, usize)> {
+    let own = batch.div_ceil(data);
+    let sizes =
+        std::iter::successors(Some(1), |&size: &usize| Some(2 * size)).take_while(|&size| size < 2 * own);
+    let sizes = limits.sequences.map_or_else(|| sizes.collect(), |sequences| vec![sequences.min(own)]);
+    let mut all: Vec<_> = sizes
+        .into_iter()
+        .map(|size| {
+            let count = own.div_ceil(size);
+            (own.div_ceil(count), count)
+        })
+        .collect();
+    all.dedup();
+    all
+}
+
+/// The numbers of stages of each pipeline rank.
+fn chunk_counts(layers: usize, pipeline: usize, microbatches: usize) -> Vec<usize> {
+    let interleaves = |&chunks: &usize| {
+        pipeline > 1 && microbatches.is_multiple_of(pipeline) && layers >= pipeline * chunks
+    };
+    let even = |&chunks: &usize| chunks == 2 || layers.is_multiple_of(pipeline * chunks);
+    [1].into_iter().chain((2..=8).filter(interleaves).filter(even)).collect()
+}
