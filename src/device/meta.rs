@@ -1,6 +1,6 @@
 //! A device without memory, like PyTorch's meta device. A buffer has only a length.
 
-use super::{DType, Device, Element, MemoryUse};
+use super::{DType, Device, Element, MemoryUse, Work, WorkKind};
 use crate::error::{Error, Result};
 use std::{
     cell::{Cell, RefCell},
@@ -17,7 +17,8 @@ use std::{
 /// Layers and optimizers run on this device unchanged. So it gives the shapes, memory and FLOPs of
 /// a model of any size without allocating or computing. With a [planned
 /// group](crate::comm::Group::planned), it gives them for any rank of a group of any size, and the
-/// group records the rank's collectives.
+/// group records the rank's collectives. A log of the kernels ([`Meta::take_work`]) has their
+/// operations and bytes, from which a time can be predicted.
 ///
 /// * Kernels check their operands and fail with the same errors as on other devices.
 /// * Every download gives 0, whatever was uploaded or computed. Parameters are not read from their
@@ -36,6 +37,8 @@ use std::{
 /// device.gemm(1.0, a.mat(), b.mat(), 0.0, c.mat_mut()?)?;
 /// assert_eq!(device.memory().live, 4 * (m * k + k * n + m * n)); // 14 GiB
 /// assert_eq!(device.flops(), 2 * (m * n * k) as u64);
+/// let (work, runs) = device.take_work()[0];
+/// assert_eq!((work.flops, work.bytes, runs), (device.flops(), device.memory().live as u64, 1));
 /// # Ok::<(), shardwise::Error>(())
 /// ```
 #[derive(Clone, Default)]
@@ -48,32 +51,6 @@ struct Counts {
     peak: Cell<usize>,
     flops: Cell<u64>,
     work: RefCell<HashMap<Work, u64>>,
-}
-
-/// A kernel that a [`Meta`] device was asked to run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub struct Work {
-    /// The family of the kernel.
-    pub kind: WorkKind,
-    /// The element type of its operands.
-    pub dtype: DType,
-    /// Its floating-point operations, as [`Meta::flops`] counts them.
-    pub flops: u64,
-    /// The bytes of its operands, each read or written once.
-    pub bytes: u64,
-}
-
-/// The families of kernels that [`Work`] distinguishes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum WorkKind {
-    /// A matrix product.
-    Product,
-    /// Attention.
-    Attention,
-    /// Any other kernel: element-wise, normalization, softmax, loss, gather, optimizer.
-    Elementwise,
 }
 
 impl Meta {
@@ -97,8 +74,11 @@ impl Meta {
         self.0.flops.get()
     }
 
-    /// Removes and returns the kernels since the last call, each with the number of its runs, in
-    /// ascending order.
+    /// Removes and returns the log: the kernels since the last call, each with the number of its
+    /// runs, in ascending order.
+    ///
+    /// Kernels over 0 elements are not in the log. A batch of products is one kernel. A linear
+    /// operator is a product, the addition of its bias, and its activation.
     pub fn take_work(&self) -> Vec<(Work, u64)> {
         let mut all: Vec<_> = self.0.work.take().into_iter().collect();
         all.sort_unstable();
@@ -110,10 +90,20 @@ impl Meta {
         self.0.peak.set(self.0.live.get());
     }
 
-    /// Adds the operations of a kernel.
-    pub(crate) fn count(&self, flops: u128) {
-        let flops = u64::try_from(flops).unwrap_or(u64::MAX);
+    /// Adds a kernel to the log, and its operations to [`Meta::flops`].
+    pub(crate) fn record(&self, kind: WorkKind, dtype: DType, flops: u128, bytes: u128) {
+        let [flops, bytes] = [flops, bytes].map(|count| u64::try_from(count).unwrap_or(u64::MAX));
         self.0.flops.set(self.flops().saturating_add(flops));
+        *self.0.work.borrow_mut().entry(Work { kind, dtype, flops, bytes }).or_default() += 1;
+    }
+
+    /// Adds an element-wise kernel over a matrix of `matrix` bytes to the log. `others` are the
+    /// bytes of the other operands. Adds nothing if the matrix has no elements.
+    pub(crate) fn record_elementwise<T: Element>(&self, matrix: u128, others: &[u128]) {
+        if matrix > 0 {
+            let bytes = others.iter().fold(matrix, |sum, bytes| sum.saturating_add(*bytes));
+            self.record(WorkKind::Elementwise, T::DTYPE, 0, bytes);
+        }
     }
 }
 
@@ -154,6 +144,20 @@ pub struct MetaSlice<'a, T: Element> {
 pub struct MetaSliceMut<'a, T: Element> {
     len: usize,
     of: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Element> MetaSlice<'_, T> {
+    /// The bytes of the elements.
+    pub(crate) fn bytes(&self) -> u128 {
+        self.len as u128 * size_of::<T>() as u128
+    }
+}
+
+impl<T: Element> MetaSliceMut<'_, T> {
+    /// The bytes of the elements.
+    pub(crate) fn bytes(&self) -> u128 {
+        self.len as u128 * size_of::<T>() as u128
+    }
 }
 
 /// The length of a range of a view. Panics if the range is out of bounds.
@@ -289,11 +293,30 @@ mod tests {
     #[test]
     fn operations_beyond_u64_are_its_largest_number() {
         let device = Meta::new();
-        device.count(u128::from(u64::MAX) - 1);
+        let record = |flops| device.record(WorkKind::Product, DType::F32, flops, u128::MAX);
+        record(u128::from(u64::MAX) - 1);
         assert_eq!(device.flops(), u64::MAX - 1);
-        device.count(5);
-        device.count(u128::MAX);
+        record(5);
+        record(u128::MAX);
         assert_eq!(device.flops(), u64::MAX);
+        let numbers: Vec<_> = device.take_work().iter().map(|(work, _)| (work.flops, work.bytes)).collect();
+        assert_eq!(numbers, [5, u64::MAX - 1, u64::MAX].map(|flops| (flops, u64::MAX)));
+    }
+
+    #[test]
+    fn equal_kernels_are_one_entry_of_the_log() {
+        let device = Meta::new();
+        let x = Tensor::<f32, _>::zeros(&device, [10, 100]).unwrap();
+        assert_eq!(device.take_work().len(), 1, "zeros are written by a kernel");
+        for _ in 0..3 {
+            x.convert::<bf16>().unwrap();
+        }
+        x.convert::<f64>().unwrap();
+        Tensor::<f32, _>::zeros(&device, [7, 0]).unwrap();
+        x.to_vec().unwrap();
+        let copy = |bytes| Work { kind: WorkKind::Elementwise, dtype: DType::F32, flops: 0, bytes };
+        assert_eq!(device.take_work(), [(copy(6000), 3), (copy(12_000), 1)]);
+        assert_eq!(device.take_work(), []);
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod cpu;
 pub mod cuda;
 mod element;
 mod meta;
+mod work;
 
 pub use crate::each_dtype;
 pub use cpu::{Cpu, CpuBuffer, MemoryUse};
@@ -19,7 +20,8 @@ pub(crate) use cpu::{Kernel, vectorized, widest, zeroed};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
 pub use element::{Accumulator, AnyBuffer, AnyMut, AnyRef, DType, Element};
-pub use meta::{Meta, MetaBuffer, MetaSlice, MetaSliceMut, Work, WorkKind};
+pub use meta::{Meta, MetaBuffer, MetaSlice, MetaSliceMut};
+pub use work::{Work, WorkKind};
 
 use crate::error::Result;
 use std::{fmt, ops::Range};

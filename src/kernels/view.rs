@@ -1,7 +1,7 @@
 //! Matrix views, the arguments of kernels.
 
 use crate::{
-    device::{Cpu, Device, Element},
+    device::{Cpu, Device, Element, Meta},
     error::{Error, Result},
 };
 use std::ops::Range;
@@ -49,6 +49,11 @@ impl Dims {
         let last_row = (self.rows - 1).saturating_mul(self.row_stride);
         let last_col = (self.cols - 1).saturating_mul(self.col_stride);
         last_row.saturating_add(last_col).saturating_add(1)
+    }
+
+    /// The number of elements. It may exceed the memory, because strides may be 0.
+    pub(crate) fn elements(&self) -> u128 {
+        self.rows as u128 * self.cols as u128
     }
 
     /// The index of a row's first element. Returns 0 for a view without columns, because such a
@@ -266,6 +271,19 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
 
     pub(crate) fn into_data(self) -> B::SliceMut<'a, T> {
         self.data
+    }
+}
+
+/// The bytes of the elements of a view, for the log of a device without memory.
+impl<T: Element> MatRef<'_, T, Meta> {
+    pub(crate) fn bytes(&self) -> u128 {
+        self.dims.elements() * size_of::<T>() as u128
+    }
+}
+
+impl<T: Element> MatMut<'_, T, Meta> {
+    pub(crate) fn bytes(&self) -> u128 {
+        self.dims.elements() * size_of::<T>() as u128
     }
 }
 

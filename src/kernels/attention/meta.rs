@@ -1,64 +1,21 @@
-//! Attention on a device without memory: counts the operations of its products.
+//! Attention on a device without memory: recorded with its operations and bytes.
 
-use super::{Attention, AttentionSpec, CacheSpec, check, check_append, check_cached};
+use super::{Attention, AttentionSpec, CacheSpec, check, check_append, check_cached, flops};
 use crate::{
-    device::{Device, Element, Meta, MetaSlice, MetaSliceMut},
+    device::{Device, Element, Meta, MetaSlice, MetaSliceMut, WorkKind},
     error::{Result, same_size},
     kernels::{MatMut, MatRef, view::unit_columns},
 };
 
 impl Meta {
-    /// Counts `products` matrix products over `pairs` (query, key) pairs of each query head. Each
-    /// product takes 2 head_dim operations per pair.
-    fn count_attention(&self, spec: &AttentionSpec<'_>, products: u128, pairs: u128) {
-        let width = spec.heads.kv_of_query.len() as u128 * spec.heads.head_dim as u128;
-        self.count(pairs.saturating_mul(2 * products).saturating_mul(width));
-    }
-}
-
-/// The number of (query, key) pairs of one head that the mask leaves visible. Takes time linear in
-/// the number of rows if there is padding, else in the number of sequences.
-fn pairs(spec: &AttentionSpec<'_>) -> u128 {
-    let Some(valid) = spec.sequences.valid() else {
-        let of = |rows: usize| {
-            if spec.heads.choices.causal { causal(spec, rows as u128) } else { (rows as u128).pow(2) }
-        };
-        return spec.sequences.iter().map(|rows| of(rows.len())).sum();
-    };
-    let mut pairs = 0;
-    for rows in spec.sequences.iter() {
-        let (valid, mut seen) = (&valid[rows], 0);
-        if !spec.heads.choices.causal {
-            pairs += valid.len() as u128 * valid.iter().filter(|&&valid| valid).count() as u128;
-            continue;
-        }
-        for (query, &is_valid) in valid.iter().enumerate() {
-            seen += u128::from(is_valid);
-            // The key that has just left the window.
-            if let Some(left) = spec.first_key(query).checked_sub(1) {
-                seen -= u128::from(valid[left]);
-            }
-            pairs += seen;
+    /// Records attention with an output of `out` bytes and other operands of these bytes. Records
+    /// nothing if the output has no elements.
+    fn record_attention<T: Element>(&self, flops: u128, out: u128, others: &[u128]) {
+        if out > 0 {
+            let bytes = others.iter().fold(out, |sum, bytes| sum.saturating_add(*bytes));
+            self.record(WorkKind::Attention, T::DTYPE, flops, bytes);
         }
     }
-    pairs
-}
-
-/// The number of visible (query, key) pairs of one head in attention to a cache, which has no
-/// padding. Query i of a sequence that starts at position p attends to at most p + i + 1 keys.
-fn cached_pairs(spec: &AttentionSpec<'_>) -> u128 {
-    let of = |(sequence, rows): (usize, std::ops::Range<usize>)| {
-        let start = spec.sequences.start(sequence) as u128;
-        causal(spec, start + rows.len() as u128) - causal(spec, start)
-    };
-    spec.sequences.iter().enumerate().map(of).sum()
-}
-
-/// Σ min(i, window) for i from 1 to `rows`: the number of visible pairs of a sequence's first
-/// `rows` queries.
-fn causal(spec: &AttentionSpec<'_>, rows: u128) -> u128 {
-    let ramp = spec.heads.choices.window.map_or(rows, |window| rows.min(window as u128));
-    ramp * (ramp + 1) / 2 + (rows - ramp) * ramp
 }
 
 impl Attention for Meta {
@@ -73,8 +30,8 @@ impl Attention for Meta {
     ) -> Result<()> {
         let kv_like = [("k", k.dims()), ("v", v.dims())];
         check("attention", spec, &[("q", q.dims()), ("out", out.dims())], &kv_like, Self::len_mut(&lse))?;
-        // The products are Q Kᵀ and P V.
-        self.count_attention(spec, 2, pairs(spec));
+        let others = [q.bytes(), k.bytes(), v.bytes(), lse.bytes()];
+        self.record_attention::<T>(flops::forward(spec), out.bytes(), &others);
         Ok(())
     }
 
@@ -97,8 +54,8 @@ impl Attention for Meta {
         let heads = spec.heads.kv_heads.saturating_mul(2).saturating_add(spec.heads.kv_of_query.len());
         let width = heads.saturating_mul(spec.heads.head_dim);
         same_size(OP, "columns of the gradient", dqkv.cols(), "those of q, k and v", width)?;
-        // The products are Q Kᵀ again, Pᵀ dO, dO Vᵀ, dS K and dSᵀ Q.
-        self.count_attention(spec, 5, pairs(spec));
+        let others = [q.bytes(), k.bytes(), v.bytes(), lse.bytes(), dout.bytes(), dqkv.bytes()];
+        self.record_attention::<T>(flops::backward(spec), out.bytes(), &others);
         Ok(())
     }
 
@@ -112,7 +69,9 @@ impl Attention for Meta {
         values: MatMut<'_, T, Self>,
     ) -> Result<()> {
         let from = [("k", k.dims()), ("v", v.dims())];
-        check_append(spec, cache, from, [("the keys", keys.dims()), ("the values", values.dims())])
+        check_append(spec, cache, from, [("the keys", keys.dims()), ("the values", values.dims())])?;
+        self.record_elementwise::<T>(2 * k.bytes(), &[2 * v.bytes()]);
+        Ok(())
     }
 
     fn attention_cached<T: Element>(
@@ -126,7 +85,10 @@ impl Attention for Meta {
     ) -> Result<()> {
         let kv_like = [("the keys", k.dims()), ("the values", v.dims())];
         check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
-        self.count_attention(spec, 2, cached_pairs(spec));
+        // The kernel reads only the positions that a query attends to.
+        let read = flops::cached_positions(spec) * spec.heads.kv_heads as u128;
+        let read = 2 * read * spec.heads.head_dim as u128 * size_of::<T>() as u128;
+        self.record_attention::<T>(flops::cached(spec), out.bytes(), &[q.bytes(), read]);
         Ok(())
     }
 }
@@ -243,7 +205,7 @@ mod tests {
             device.attention(&spec, none.mat(), none.mat(), none.mat(), to, sums).unwrap();
             assert_eq!(device.flops(), before);
             let spec = AttentionSpec { heads: &of(vec![0, 0], 1), sequences };
-            device.count_attention(&spec, 5, pairs(&spec));
+            device.record_attention::<f32>(flops::backward(&spec), 1, &[u128::MAX]);
             assert_eq!(device.flops(), u64::MAX);
         }
     }

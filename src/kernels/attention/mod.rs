@@ -6,6 +6,7 @@ mod cpu;
 mod cuda;
 #[cfg(feature = "cuda")]
 mod decode;
+mod flops;
 mod meta;
 mod softmax;
 

@@ -14,6 +14,8 @@ impl Dropout for Meta {
         x: MatRef<'_, T, Self>,
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
-        check(mask, x.dims(), y.dims())
+        check(mask, x.dims(), y.dims())?;
+        self.record_elementwise::<T>(x.bytes(), &[y.bytes()]);
+        Ok(())
     }
 }

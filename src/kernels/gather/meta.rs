@@ -14,7 +14,10 @@ impl Gather for Meta {
         ids: &[u32],
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
-        check("gather", ids, y.dims(), table.dims())
+        check("gather", ids, y.dims(), table.dims())?;
+        // A row of the table is read for each row of y.
+        self.record_elementwise::<T>(y.bytes(), &[y.bytes()]);
+        Ok(())
     }
 
     fn scatter_add<T: Element>(
@@ -23,6 +26,10 @@ impl Gather for Meta {
         dy: MatRef<'_, T, Self>,
         dtable: MatMut<'_, T::Acc, Self>,
     ) -> Result<()> {
-        check("scatter_add", ids, dy.dims(), dtable.dims())
+        check("scatter_add", ids, dy.dims(), dtable.dims())?;
+        // A row of the table is updated for each row of dy.
+        let updated = dy.dims().elements() * size_of::<T::Acc>() as u128;
+        self.record_elementwise::<T>(dy.bytes(), &[2 * updated]);
+        Ok(())
     }
 }

@@ -1,17 +1,27 @@
-//! Matrix products on a device without memory. Each product counts 2 m n k operations.
+//! Matrix products on a device without memory: recorded with their operations and bytes.
 
-use super::{Batch, Epilogue, Gemm, GemmTerm, check, check_terms};
+use super::{Batch, Epilogue, Gemm, GemmTerm, check, check_terms, flops};
 use crate::{
-    device::{Device, Element, Meta},
+    device::{Device, Element, Meta, WorkKind},
     error::{Result, same_size},
     kernels::{Activation, MatMut, MatRef, Pointwise, pointwise::check_row},
 };
 
 impl Meta {
-    /// Counts `count` products of `[rows, depth]` times `[depth, cols]`.
-    fn count_products(&self, count: usize, [rows, depth, cols]: [usize; 3]) {
-        let factors = [count, rows, depth, cols].map(|factor| factor as u128);
-        self.count(factors.into_iter().fold(2, u128::saturating_mul));
+    /// Records a batch of products C ← A B + β C as one kernel. Operands with a stride of 0 are the
+    /// same for all products.
+    fn record_products<T: Element, C: Element>(&self, batch: Batch, [m, k, n]: [usize; 3], beta: f64) {
+        let bytes = |stride: usize, rows: usize, cols: usize, size: usize| {
+            let count = if stride == 0 { batch.count.min(1) } else { batch.count };
+            [count, rows, cols, size].iter().fold(1, |all: u128, factor| all.saturating_mul(*factor as u128))
+        };
+        let [a, b] = [bytes(batch.a, m, k, size_of::<T>()), bytes(batch.b, k, n, size_of::<T>())];
+        // With β = 0, C is not read.
+        let c = bytes(batch.c, m, n, size_of::<C>()).saturating_mul(if beta == 0.0 { 1 } else { 2 });
+        if c > 0 {
+            let bytes = a.saturating_add(b).saturating_add(c);
+            self.record(WorkKind::Product, T::DTYPE, flops(batch.count, [m, k, n]), bytes);
+        }
     }
 }
 
@@ -22,11 +32,11 @@ impl Gemm for Meta {
         _: f64,
         a: MatRef<'_, T, Self>,
         b: MatRef<'_, T, Self>,
-        _: f64,
+        beta: f64,
         c: MatMut<'_, C, Self>,
     ) -> Result<()> {
         check(batch, &a, &b, &c)?;
-        self.count_products(batch.count, [a.rows(), a.cols(), b.cols()]);
+        self.record_products::<T, C>(batch, [a.rows(), a.cols(), b.cols()], beta);
         Ok(())
     }
 
@@ -35,7 +45,8 @@ impl Gemm for Meta {
         true
     }
 
-    /// Counts no memory for partial sums, because on the CPU they are blocks in the cache.
+    /// Counts no memory for partial sums and records no additions of them, because on the CPU they
+    /// are blocks in the cache.
     fn gemm_tree<T: Element>(
         &self,
         terms: &[GemmTerm<'_, T, Self>],
@@ -43,7 +54,7 @@ impl Gemm for Meta {
     ) -> Result<()> {
         check_terms(terms, &c)?;
         for (a, b) in terms.iter().flat_map(|term| &term.products) {
-            self.count_products(1, [a.rows(), a.cols(), b.cols()]);
+            self.record_products::<T, T::Acc>(Batch::ONE, [a.rows(), a.cols(), b.cols()], 0.0);
         }
         Ok(())
     }
@@ -102,7 +113,7 @@ mod tests {
     }
 
     /// The operations that a call counts.
-    fn flops(device: &Meta, call: impl FnOnce() -> Result<()>) -> u64 {
+    fn counted(device: &Meta, call: impl FnOnce() -> Result<()>) -> u64 {
         let before = device.flops();
         call().unwrap();
         device.flops() - before
@@ -116,18 +127,18 @@ mod tests {
         let (mut dw, mut db) = (mat(&device, 11, 7), mat(&device, 1, 11));
         let one = 2 * 5 * 7 * 11;
         let gemm = || device.gemm(1.0, x.mat(), w.mat().t(), 0.0, y.mat_mut()?);
-        assert_eq!(flops(&device, gemm), one);
+        assert_eq!(counted(&device, gemm), one);
         let bias = Meta::narrow(dy.slice(), 0..11);
         let activation = Some((Activation::Silu, pre.mat_mut().unwrap()));
         let epilogue = Epilogue { bias: Some(bias), activation };
         let linear = || device.linear(x.mat(), w.mat(), epilogue, y.mat_mut()?);
-        assert_eq!(flops(&device, linear), one);
+        assert_eq!(counted(&device, linear), one);
         let through = Some((Activation::Silu, x.mat()));
         let backward = || device.linear_dx(dy.mat(), w.mat(), through, dx.mat_mut()?);
-        assert_eq!(flops(&device, backward), one);
+        assert_eq!(counted(&device, backward), one);
         let sums = db.slice_mut().unwrap();
         let weights = || device.linear_dw(dy.mat(), x.mat(), 1.0, dw.mat_mut()?, Some(sums));
-        assert_eq!(flops(&device, weights), one);
+        assert_eq!(counted(&device, weights), one);
 
         let batch = Batch { count: 3, a: 5, b: 0, c: 5 };
         let (a, b, mut c) = (mat(&device, 3, 5), mat(&device, 5, 5), mat(&device, 3, 5));
@@ -135,9 +146,9 @@ mod tests {
             let a = MatRef::<f32, Meta>::new(a.slice(), 1, 5)?;
             device.gemm_batched(batch, 1.0, a, b.mat(), 0.0, MatMut::<f32, Meta>::new(c.slice_mut()?, 1, 5)?)
         };
-        assert_eq!(flops(&device, batched), 3 * 2 * 5 * 5);
+        assert_eq!(counted(&device, batched), 3 * 2 * 5 * 5);
         let products = vec![Product { a: a.mat(), b: b.mat(), beta: 0.0, c: c.mat_mut().unwrap() }];
-        assert_eq!(flops(&device, || device.gemm_all(products)), 2 * 3 * 5 * 5);
+        assert_eq!(counted(&device, || device.gemm_all(products)), 2 * 3 * 5 * 5);
     }
 
     #[test]
@@ -151,7 +162,7 @@ mod tests {
         };
         let terms = [term(0..1, 0), term(1..3, 1), GemmTerm { products: vec![], merges: 0 }, term(3..6, 2)];
         let tree = || device.gemm_tree(&terms, c.mat_mut()?);
-        assert_eq!(flops(&device, tree), 2 * 9 * 6 * 20);
+        assert_eq!(counted(&device, tree), 2 * 9 * 6 * 20);
         assert_eq!(device.memory(), before);
     }
 
@@ -160,7 +171,8 @@ mod tests {
         let device = Meta::new();
         let (a, b) = (mat(&device, usize::MAX, 0), mat(&device, 0, usize::MAX));
         // No tensor is that large, so the count is tested directly.
-        device.count_products(usize::MAX, [usize::MAX; 3]);
+        let batch = Batch { count: usize::MAX, a: 1, b: 1, c: 1 };
+        device.record_products::<f32, f32>(batch, [usize::MAX; 3], 1.0);
         assert_eq!(device.flops(), u64::MAX);
         assert!(Tensor::<f32, Meta>::empty(&device, [usize::MAX, usize::MAX]).is_err());
         assert!(device.gemm(1.0, a.mat(), b.mat(), 0.0, mat(&device, 0, 0).mat_mut().unwrap()).is_err());

@@ -223,6 +223,11 @@ pub trait Gemm: Device {
     }
 }
 
+/// The floating-point operations of `count` products of `[m, k]` times `[k, n]`: 2 m n k each.
+fn flops(count: usize, [m, k, n]: [usize; 3]) -> u128 {
+    [count, m, k, n].iter().fold(2, |all: u128, factor| all.saturating_mul(*factor as u128))
+}
+
 /// Checks that the operands agree and that each batch fits its memory.
 fn check<B: Device, T: Element, C: Element>(
     batch: Batch,

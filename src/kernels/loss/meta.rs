@@ -11,7 +11,9 @@ impl Loss for Meta {
     fn row_max<T: Element>(&self, x: MatRef<'_, T, Self>, max: MetaSliceMut<'_, T::Acc>) -> Result<()> {
         const OP: &str = "row maximum";
         check_same(OP, x.dims(), &[])?;
-        check_rows(OP, "the maxima", Self::len_mut(&max), 1, x.rows())
+        check_rows(OP, "the maxima", Self::len_mut(&max), 1, x.rows())?;
+        self.record_elementwise::<T>(x.bytes(), &[max.bytes()]);
+        Ok(())
     }
 
     fn exp_sums<T: Element>(
@@ -25,7 +27,9 @@ impl Loss for Meta {
         check_same(OP, x.dims(), &[])?;
         check_targets(OP, targets, x.rows(), x.cols())?;
         check_rows(OP, "the maxima", Self::len(max), 1, x.rows())?;
-        check_rows(OP, "the sums", Self::len_mut(&sums), 3, x.rows())
+        check_rows(OP, "the sums", Self::len_mut(&sums), 3, x.rows())?;
+        self.record_elementwise::<T>(x.bytes(), &[max.bytes(), sums.bytes()]);
+        Ok(())
     }
 
     fn cross_entropy<A: Accumulator>(
@@ -42,7 +46,9 @@ impl Loss for Meta {
         check_rows(OP, "the maxima", Self::len(max), 1, rows)?;
         check_rows(OP, "the sums", Self::len(sums), 3, rows)?;
         check_rows(OP, "the losses", Self::len_mut(&losses), 1, rows)?;
-        check_rows(OP, "the logs of sums", Self::len_mut(&log), 1, rows)
+        check_rows(OP, "the logs of sums", Self::len_mut(&log), 1, rows)?;
+        self.record_elementwise::<A>(max.bytes(), &[sums.bytes(), losses.bytes(), log.bytes()]);
+        Ok(())
     }
 
     fn cross_entropy_backward<T: Element>(
@@ -58,7 +64,9 @@ impl Loss for Meta {
         check_same(OP, x.dims(), &[("dx", dx.dims())])?;
         check_targets(OP, targets, x.rows(), x.cols())?;
         check_rows(OP, "the maxima", Self::len(max), 1, x.rows())?;
-        check_rows(OP, "the logs of sums", Self::len(log), 1, x.rows())
+        check_rows(OP, "the logs of sums", Self::len(log), 1, x.rows())?;
+        self.record_elementwise::<T>(x.bytes(), &[max.bytes(), log.bytes(), dx.bytes()]);
+        Ok(())
     }
 
     fn squared_error<T: Element>(
@@ -69,7 +77,9 @@ impl Loss for Meta {
     ) -> Result<()> {
         const OP: &str = "squared error";
         check_same(OP, x.dims(), &[("y", y.dims())])?;
-        check_rows(OP, "the sums", Self::len_mut(&sums), 1, x.rows())
+        check_rows(OP, "the sums", Self::len_mut(&sums), 1, x.rows())?;
+        self.record_elementwise::<T>(x.bytes(), &[y.bytes(), sums.bytes()]);
+        Ok(())
     }
 
     fn squared_error_backward<T: Element>(
@@ -79,6 +89,8 @@ impl Loss for Meta {
         y: MatRef<'_, T, Self>,
         dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
-        check_same("squared error backward", x.dims(), &[("y", y.dims()), ("dx", dx.dims())])
+        check_same("squared error backward", x.dims(), &[("y", y.dims()), ("dx", dx.dims())])?;
+        self.record_elementwise::<T>(x.bytes(), &[y.bytes(), dx.bytes()]);
+        Ok(())
     }
 }

@@ -18,7 +18,10 @@ impl Norm for Meta {
         stats: MetaSliceMut<'_, T::Acc>,
     ) -> Result<()> {
         let vectors = [("gamma", Self::len(gamma)), ("beta", beta.map_or(y.cols(), Self::len))];
-        check("norm", &[("x", x.dims())], y.dims(), &vectors, Self::len_mut(&stats))
+        check("norm", &[("x", x.dims())], y.dims(), &vectors, Self::len_mut(&stats))?;
+        let beta = beta.map_or(0, |beta| beta.bytes());
+        self.record_elementwise::<T>(x.bytes(), &[gamma.bytes(), beta, y.bytes(), stats.bytes()]);
+        Ok(())
     }
 
     fn normalize_backward<T: Element>(
@@ -35,6 +38,10 @@ impl Norm for Meta {
         let dbeta_len = dbeta.as_ref().map_or(dx.cols(), Self::len_mut);
         let vectors = [("gamma", Self::len(gamma)), ("dgamma", Self::len_mut(&dgamma)), ("dbeta", dbeta_len)];
         let inputs = [("x", x.dims()), ("dy", dy.dims())];
-        check("norm backward", &inputs, dx.dims(), &vectors, Self::len(stats))
+        check("norm backward", &inputs, dx.dims(), &vectors, Self::len(stats))?;
+        let read = [gamma.bytes(), stats.bytes(), dy.bytes()];
+        let written = [dx.bytes(), dgamma.bytes(), dbeta.map_or(0, |dbeta| dbeta.bytes())];
+        self.record_elementwise::<T>(x.bytes(), &[read, written].concat());
+        Ok(())
     }
 }

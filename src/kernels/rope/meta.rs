@@ -1,4 +1,4 @@
-//! Rotary position embedding on [`Meta`]: checks the arguments and computes nothing.
+//! Rotary position embedding on [`Meta`]: checks the arguments and records the kernel.
 
 use super::{Rope, RopeSpec, check};
 use crate::{
@@ -15,6 +15,8 @@ impl Rope for Meta {
         _: bool,
         x: MatMut<'_, T, Self>,
     ) -> Result<()> {
-        check(spec, positions.len(), &x)
+        check(spec, positions.len(), &x)?;
+        self.record_elementwise::<T>(2 * x.bytes(), &[]);
+        Ok(())
     }
 }
