@@ -3,6 +3,7 @@
 use super::{Job, Machine, Strategy, Timeline, timeline};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
+use std::cmp::Ordering;
 
 /// The plans of a job, best first, and the reasons why other plans were refused.
 #[derive(Clone, Debug)]
@@ -141,6 +142,17 @@ pub struct Refusal {
 }
 
 impl Plan {
+    /// The better plan first: one that fits, then the faster one. Plans that take the same time are
+    /// ordered by fewer ranks, fewer tensor-parallel ranks, fewer recomputed blocks, and fewer stages.
+    pub(super) fn order(&self, other: &Self) -> Ordering {
+        let simple = |plan: &Self| {
+            let Strategy { tensor, recomputed, chunks, sequence_parallel, .. } = plan.strategy;
+            (plan.strategy.ranks(), tensor, recomputed, chunks, sequence_parallel)
+        };
+        let time = self.verdict.cmp(&other.verdict).then(self.seconds.total_cmp(&other.seconds));
+        time.then(simple(self).cmp(&simple(other)))
+    }
+
     /// The pipeline's passes and transfers of a step, by rank.
     ///
     /// # Errors

@@ -121,6 +121,11 @@ impl<'a> Stage<'a> {
         self.layers().map(|layer| self.passes(layer).forward.kept as u64).sum()
     }
 
+    /// The temporary bytes of the first backward of a microbatch: of its last block.
+    pub(super) fn last_peak(&self) -> u64 {
+        self.layers().last().map_or(0, |layer| self.passes(layer).backward[1].peak as u64)
+    }
+
     /// The steps of a pass of a chunk, in order.
     fn steps(&self, compute: Compute) -> Vec<Step<'a>> {
         let blocks = self.chunks[compute.chunk].clone();

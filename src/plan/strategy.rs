@@ -73,6 +73,12 @@ impl Strategy {
         self.data.saturating_mul(self.pipeline).saturating_mul(self.tensor)
     }
 
+    /// Whether two strategies have equal meshes.
+    pub(super) fn is_same_mesh(&self, other: &Self) -> bool {
+        let mesh = |strategy: &Self| (strategy.data, strategy.pipeline, strategy.tensor);
+        mesh(self) == mesh(other)
+    }
+
     /// The mesh of the ranks.
     ///
     /// # Errors

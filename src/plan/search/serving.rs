@@ -37,7 +37,7 @@ pub(super) fn search(
             }
         }
     }
-    plans.sort_by(|a, b| a.verdict.cmp(&b.verdict).then(a.seconds.total_cmp(&b.seconds)));
+    plans.sort_by(Plan::order);
     plans.truncate(BEST);
     let limit = (machine.memory as f64 * machine.tight) as u64;
     let refused = refusals.list(limit);

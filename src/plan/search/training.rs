@@ -48,18 +48,28 @@ pub(super) fn search(
     tokens: usize,
 ) -> Result<Plans> {
     let (_, kinds) = dry::kinds(&job.model);
+    let limit = machine.memory as f64 * machine.tight;
     let mut search = Search { job, machine, batch, tokens, kinds, groups: HashMap::new() };
     let (mut refusals, mut considered, mut candidates) = (Refusals::default(), 0, Vec::new());
-    for strategy in search.strategies(limits) {
-        considered += 1;
-        let group = search.group(&strategy)?;
-        let bytes = search.least_memory(&group, &strategy, search.kinds.len());
-        if bytes as f64 > machine.memory as f64 * machine.tight {
-            refusals.out_of_memory(bytes, &strategy);
-            continue;
+    for sizes in search.strategies(limits) {
+        considered += sizes.len();
+        let mut least = 0;
+        for strategy in sizes {
+            // Larger microbatches of a mesh hold more.
+            if least as f64 > limit {
+                refusals.out_of_memory(least, &strategy);
+                continue;
+            }
+            let group = search.group(&strategy)?;
+            let bytes = search.least_memory(&group, &strategy, search.kinds.len());
+            if bytes as f64 > limit {
+                least = search.least_memory(&group, &strategy.with_microbatches(1), search.kinds.len());
+                refusals.out_of_memory(bytes, &strategy);
+                continue;
+            }
+            let seconds = search.least_seconds(&group, &strategy);
+            candidates.push(Candidate { strategy, seconds });
         }
-        let seconds = search.least_seconds(&group, &strategy);
-        candidates.push(Candidate { strategy, seconds });
     }
     candidates.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     let mut best: Vec<Plan> = Vec::new();
@@ -69,48 +79,53 @@ pub(super) fn search(
         if fits.is_some_and(|last| last.seconds <= seconds) {
             break;
         }
+        let same_mesh = |plan: &Plan| plan.strategy.is_same_mesh(&strategy);
+        if best.iter().any(|plan| same_mesh(plan) && plan.verdict == Verdict::Fits && plan.seconds <= seconds)
+        {
+            continue;
+        }
         let plan = search.evaluate(strategy)?;
         if plan.verdict == Verdict::OutOfMemory {
             let most = plan.ranks.iter().map(|rank| rank.memory.total()).max().unwrap_or(0);
             refusals.out_of_memory(most, &plan.strategy);
             continue;
         }
-        let before = |other: &Plan| {
-            other.verdict.cmp(&plan.verdict).then(other.seconds.total_cmp(&plan.seconds)).is_le()
-        };
-        let at = best.partition_point(before);
-        best.insert(at, plan);
+        best.push(plan);
+        best.sort_by(|a, b| a.order(b));
+        // Of the plans with the same mesh, only the best is listed.
+        if let Some(at) = best.iter().rposition(same_mesh)
+            && best.iter().filter(|plan| same_mesh(plan)).count() > 1
+        {
+            best.remove(at);
+        }
     }
     best.truncate(BEST);
-    let refused = refusals.list((machine.memory as f64 * machine.tight) as u64);
+    let refused = refusals.list(limit as u64);
     Ok(Plans { job: job.clone(), machine: machine.clone(), best, considered, refused })
 }
 
 impl Search<'_> {
-    /// Lists the strategies, without recomputation.
-    fn strategies(&self, limits: &Limits) -> Vec<Strategy> {
+    /// Lists the strategies, without recomputation. Those of one list differ only in their
+    /// microbatches, which ascend in size.
+    fn strategies(&self, limits: &Limits) -> Vec<Vec<Strategy>> {
         let (layers, machine, mut all) = (self.kinds.len(), self.machine, Vec::new());
         for tensor in tensor_sizes(self.job, machine, limits) {
+            let sps = if tensor > 1 { &[false, true][..] } else { &[false] };
+            let sps = sps.iter().filter(|&&sp| limits.sequence_parallel.is_none_or(|limit| limit == sp));
             for pipeline in pipeline_sizes(layers, machine.ranks / tensor, limits) {
                 let replica = pipeline * tensor;
                 let (left, of_node) = (machine.ranks / replica, machine.ranks_per_node / replica);
                 for data in replicas(self.batch, left, of_node, limits) {
-                    for (sequences, microbatches) in microbatches(self.batch, data, limits) {
-                        let chunks = chunk_counts(layers, pipeline, microbatches);
-                        for (chunks, sp) in chunks.into_iter().flat_map(|chunks| {
-                            let sps = if tensor > 1 { &[false, true][..] } else { &[false] };
-                            sps.iter().map(move |&sp| (chunks, sp))
-                        }) {
-                            if limits.sequence_parallel.is_some_and(|limit| limit != sp) {
-                                continue;
-                            }
-                            all.push(
-                                Strategy::new(data, pipeline, tensor, sequences)
-                                    .with_microbatches(microbatches)
-                                    .with_chunks(chunks)
-                                    .with_sequence_parallel(sp),
-                            );
-                        }
+                    let sizes = microbatches(self.batch, data, limits);
+                    for (chunks, &sp) in (1..=8).flat_map(|chunks| sps.clone().map(move |sp| (chunks, sp))) {
+                        let of = |&(sequences, microbatches): &(usize, usize)| {
+                            Strategy::new(data, pipeline, tensor, sequences)
+                                .with_microbatches(microbatches)
+                                .with_chunks(chunks)
+                                .with_sequence_parallel(sp)
+                        };
+                        let can = |strategy: &Strategy| interleaves(layers, strategy);
+                        all.push(sizes.iter().map(of).filter(can).collect());
                     }
                 }
             }
@@ -152,7 +167,11 @@ impl Search<'_> {
         };
         let of = |dry: &Training, rank, in_flight: usize| {
             let stage = self.stage(dry, &strategy, rank);
-            stage.held().total() + stage.gradients() + in_flight as u64 * stage.saved()
+            let gradients = stage.gradients();
+            // The backward of the first microbatch allocates the gradients.
+            let allocated = if microbatches > in_flight { gradients } else { 0 };
+            let passes = allocated + in_flight as u64 * stage.saved() + stage.last_peak();
+            stage.held().total() + gradients.max(passes)
         };
         let least = |dry: &Training| of(dry, 0, in_flight).max(of(dry, pipeline - 1, 1));
         group.iter().map(least).max().unwrap_or(0)
@@ -330,11 +349,14 @@ fn microbatches(batch: usize, data: usize, limits: &Limits) -> Vec<(usize, usize
     all
 }
 
-/// The numbers of stages of each pipeline rank.
-fn chunk_counts(layers: usize, pipeline: usize, microbatches: usize) -> Vec<usize> {
-    let interleaves = |&chunks: &usize| {
-        pipeline > 1 && microbatches.is_multiple_of(pipeline) && layers >= pipeline * chunks
-    };
-    let even = |&chunks: &usize| chunks == 2 || layers.is_multiple_of(pipeline * chunks);
-    [1].into_iter().chain((2..=8).filter(interleaves).filter(even)).collect()
+/// Whether the stages of a strategy can be interleaved, if it has several on each pipeline rank: two,
+/// or as many as divide the blocks evenly.
+fn interleaves(layers: usize, strategy: &Strategy) -> bool {
+    let Strategy { pipeline, chunks, microbatches, .. } = *strategy;
+    let stages = pipeline * chunks;
+    chunks == 1
+        || (pipeline > 1
+            && microbatches.is_multiple_of(pipeline)
+            && stages <= layers
+            && (chunks == 2 || layers.is_multiple_of(stages)))
 }
