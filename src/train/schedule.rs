@@ -178,7 +178,9 @@ impl Schedule {
     /// other, directly or through other passes (a deadlock).
     pub fn actions(&self) -> Result<Vec<Vec<Action>>> {
         let starts = self.starts()?;
-        let mut events: Vec<Vec<(u64, u8, Action)>> = vec![Vec::new(); self.ranks];
+        // Of each pass, a rank has at most the compute, a send and a receive.
+        let mut events: Vec<Vec<(u64, u8, Action)>> =
+            self.orders.iter().map(|order| Vec::with_capacity(3 * order.len())).collect();
         for (rank, order) in self.orders.iter().enumerate() {
             for compute in order {
                 let start =
@@ -307,19 +309,18 @@ fn alternate(passes: usize, ahead: usize, each: impl Fn(Pass, usize) -> Compute)
 /// exchange.
 fn join(mut events: Vec<(u64, u8, Action)>) -> Vec<Action> {
     events.sort_by_key(|&(time, phase, _)| (time, phase));
-    let mut actions: Vec<(u64, u8, Action)> = Vec::with_capacity(events.len());
-    for event in events {
-        let same = actions.last_mut().filter(|last| (last.0, last.1) == (event.0, event.1));
-        match (same.map(|last| &mut last.2), event.2) {
-            (Some(Action::Exchange { send: s, receive: r }), Action::Exchange { send, receive })
-                if (s.is_none() || send.is_none()) && (r.is_none() || receive.is_none()) =>
-            {
-                (*s, *r) = (s.or(send), r.or(receive));
-            }
-            _ => actions.push(event),
+    events.dedup_by(|event, last| match (&mut last.2, event.2) {
+        (Action::Exchange { send: s, receive: r }, Action::Exchange { send, receive })
+            if (last.0, last.1) == (event.0, event.1)
+                && (s.is_none() || send.is_none())
+                && (r.is_none() || receive.is_none()) =>
+        {
+            (*s, *r) = (s.or(send), r.or(receive));
+            true
         }
-    }
-    actions.into_iter().map(|(_, _, action)| action).collect()
+        _ => false,
+    });
+    events.into_iter().map(|(_, _, action)| action).collect()
 }
 
 #[cfg(test)]

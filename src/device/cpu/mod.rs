@@ -60,6 +60,31 @@ impl Cpu {
         self.threads.get()
     }
 
+    /// The floating-point operations of matrix products and attention since the CPU was created, or
+    /// `u64::MAX` if there are more. They are counted as [`Meta::flops`](super::Meta::flops) counts
+    /// them, and over all handles of this CPU.
+    ///
+    /// Model FLOPs utilization is flops / (seconds · peak FLOPs a second).
+    ///
+    /// ```
+    /// use shardwise::{kernels::Gemm, prelude::*};
+    /// let cpu = Cpu::new();
+    /// let x = Tensor::<f32>::zeros(&cpu, [4, 16])?;
+    /// let mut y = Tensor::<f32>::zeros(&cpu, [4, 4])?;
+    /// cpu.gemm(1.0, x.mat(), x.mat().t(), 0.0, y.mat_mut()?)?;
+    /// assert_eq!(cpu.flops(), 2 * 4 * 16 * 4);
+    /// # Ok::<(), Error>(())
+    /// ```
+    pub fn flops(&self) -> u64 {
+        self.pool.flops.get()
+    }
+
+    /// Adds the operations of a kernel.
+    pub(crate) fn count(&self, flops: u128) {
+        let flops = u64::try_from(flops).unwrap_or(u64::MAX);
+        self.pool.flops.set(self.flops().saturating_add(flops));
+    }
+
     /// The number of allocations from the system.
     #[cfg(test)]
     pub(crate) fn made(&self) -> usize {

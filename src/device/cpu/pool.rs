@@ -32,6 +32,8 @@ pub(super) struct Pool {
     poison: bool,
     live: Cell<usize>,
     peak: Cell<usize>,
+    /// The floating-point operations of products and attention.
+    pub(super) flops: Cell<u64>,
     /// The number of allocations from the system.
     #[cfg(test)]
     pub(super) made: Cell<usize>,

@@ -11,7 +11,7 @@
 //! attends to every key that it is multiplied with.
 
 use super::{
-    Attention, AttentionSpec, CacheSpec, cached, check, check_append, check_cached,
+    Attention, AttentionSpec, CacheSpec, cached, check, check_append, check_cached, flops,
     softmax::{softmax_row, weights_row},
 };
 use crate::{
@@ -42,6 +42,7 @@ impl Attention for Cpu {
     ) -> Result<()> {
         let kv_like = [("k", k.dims()), ("v", v.dims())];
         check("attention", spec, &[("q", q.dims()), ("out", out.dims())], &kv_like, lse.len())?;
+        self.count(flops::forward(spec));
         let (heads, dim) = (spec.heads.kv_of_query.len(), spec.heads.head_dim);
         let longest = spec.sequences.iter().map(|rows| rows.len()).max().unwrap_or(0);
         let mut scores = self.empty::<T::Acc>(TILE.min(longest) * longest)?;
@@ -101,6 +102,7 @@ impl Attention for Cpu {
         same_size(OP, "rows of the gradient", dqkv.rows(), "rows of q", q.rows())?;
         let width = (heads + 2 * spec.heads.kv_heads) * dim;
         same_size(OP, "columns of the gradient", dqkv.cols(), "those of q, k and v", width)?;
+        self.count(flops::backward(spec));
         let longest = spec.sequences.iter().map(|rows| rows.len()).max().unwrap_or(0);
         let tile_rows = TILE.min(longest);
         let mut weights = self.empty::<T::Acc>(tile_rows * longest)?;
@@ -246,6 +248,7 @@ impl Attention for Cpu {
     ) -> Result<()> {
         let kv_like = [("the keys", k.dims()), ("the values", v.dims())];
         check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
+        self.count(flops::cached(spec));
         cached::attention(self, spec, cache, q, k, v, out)
     }
 }

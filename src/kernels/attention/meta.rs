@@ -119,28 +119,27 @@ mod tests {
     }
 
     /// The operations of a forward, a backward and, if the spec allows it, attention to a cache.
-    fn counted(spec: &AttentionSpec<'_>) -> [u64; 3] {
-        let device = Meta::new();
+    fn counted<B: Backend>(device: &B, flops: impl Fn(&B) -> u64, spec: &AttentionSpec<'_>) -> [u64; 3] {
         let (rows, heads, dim) = (spec.sequences.rows(), spec.heads.kv_of_query.len(), spec.heads.head_dim);
-        let (q, k) = (mat(&device, rows, heads * dim), mat(&device, rows, spec.heads.kv_heads * dim));
-        let (mut out, mut lse) = (q.clone(), mat(&device, rows, heads));
-        let mut dqkv = mat(&device, rows, (heads + 2 * spec.heads.kv_heads) * dim);
+        let (q, k) = (mat(device, rows, heads * dim), mat(device, rows, spec.heads.kv_heads * dim));
+        let (mut out, mut lse) = (q.clone(), mat(device, rows, heads));
+        let mut dqkv = mat(device, rows, (heads + 2 * spec.heads.kv_heads) * dim);
         let (to, sums) = (out.mat_mut().unwrap(), lse.slice_mut().unwrap());
         device.attention(spec, q.mat(), k.mat(), k.mat(), to, sums).unwrap();
-        let forward = device.flops();
+        let forward = flops(device);
         let (o, grad) = (out.mat(), dqkv.mat_mut().unwrap());
         device.attention_backward(spec, q.mat(), k.mat(), k.mat(), o, lse.slice(), q.mat(), grad).unwrap();
-        let backward = device.flops() - forward;
+        let backward = flops(device) - forward;
         if !spec.heads.choices.causal || spec.sequences.valid().is_some() {
             return [forward, backward, 0];
         }
         let (slots, capacity) = ((0..spec.sequences.len()).collect::<Vec<_>>(), 64);
         let cache = CacheSpec { slots: &slots, capacity };
-        let cached = mat(&device, slots.len() * spec.heads.kv_heads * capacity, dim);
+        let cached = mat(device, slots.len() * spec.heads.kv_heads * capacity, dim);
         device
             .attention_cached(spec, &cache, q.mat(), cached.mat(), cached.mat(), out.mat_mut().unwrap())
             .unwrap();
-        [forward, backward, device.flops() - forward - backward]
+        [forward, backward, flops(device) - forward - backward]
     }
 
     /// Counts the visible pairs one by one, for attention within sequences and for attention to a
@@ -185,7 +184,9 @@ mod tests {
             let width = heads.query_width() as u64;
             let [within, cached] = one_by_one(&spec).map(|pairs| pairs * width);
             let cached = if !causal || sequences.valid().is_some() { 0 } else { 4 * cached };
-            assert_eq!(counted(&spec), [4 * within, 10 * within, cached], "case {case}: {spec:?}");
+            let want = [4 * within, 10 * within, cached];
+            assert_eq!(counted(&Meta::new(), Meta::flops, &spec), want, "case {case}: {spec:?}");
+            assert_eq!(counted(&Cpu::new(), Cpu::flops, &spec), want, "case {case}: {spec:?}");
         }
     }
 

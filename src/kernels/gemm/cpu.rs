@@ -3,7 +3,7 @@
 use super::{
     Batch, Epilogue, Gemm, GemmTerm, Product,
     blocked::{self, BlockEpilogue, Job, NC, Real, Step, Steps},
-    check, check_terms,
+    check, check_terms, flops,
     skinny::{self, Scale},
     sum_terms,
 };
@@ -31,6 +31,7 @@ impl Gemm for Cpu {
     ) -> Result<()> {
         check(batch, &a, &b, &c)?;
         let (ad, bd, cd) = (a.dims(), b.dims(), c.dims());
+        self.count(flops(batch.count, [ad.rows, ad.cols, bd.cols]));
         if cd.extent() == 0 {
             return Ok(());
         }
@@ -77,6 +78,7 @@ impl Gemm for Cpu {
         }
         let mut steps = Steps::new();
         for GemmTerm { products, merges } in terms {
+            products.iter().for_each(|(a, b)| self.count(flops(1, [a.rows(), a.cols(), b.cols()])));
             steps.push(products.iter().map(|(a, b)| ((a.data(), a.dims()), (b.data(), b.dims()))), *merges);
         }
         let dims = c.dims();
@@ -160,11 +162,19 @@ impl Gemm for Cpu {
             let mut shares = shares.into_iter();
             let own = shares.next().unwrap_or_default();
             let others: Vec<_> = shares
-                .map(|share| scope.spawn(move || run(&Cpu::new().with_threads(threads), share)))
+                .map(|share| {
+                    scope.spawn(move || {
+                        let cpu = Cpu::new().with_threads(threads);
+                        run(&cpu, share).map(|()| cpu.flops())
+                    })
+                })
                 .collect();
             let first = run(&self.clone().with_threads(threads), own);
             let lost = |_| Error::internal("gemm", "a thread panicked");
-            others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
+            others.into_iter().fold(first, |all, one| {
+                let flops = one.join().map_err(lost).and_then(|one| one);
+                all.and(flops.map(|flops| self.count(flops.into())))
+            })
         })
     }
 }
@@ -186,6 +196,7 @@ fn with_epilogue<T: Element>(
         cpu.gemm(1.0, a, b, 0.0, c.reborrow())?;
         return epilogue(0..dims.rows, 0..dims.cols, c);
     }
+    cpu.count(flops(1, [a.rows(), a.cols(), b.cols()]));
     let steps = Steps::product((a.data(), a.dims()), (b.data(), b.dims()));
     let mut block = |rows: Range<usize>, cols: Range<usize>, memory: AnyMut<'_, Cpu>| {
         let memory = T::of_mut::<Cpu>(memory).unwrap_or_default();
@@ -198,7 +209,8 @@ fn with_epilogue<T: Element>(
 }
 
 /// C ← α A B + β C by blocks, for any number of rows. Attention uses this function for its tiles of
-/// queries, because the results do not depend on the number of rows in a tile.
+/// queries, because the results do not depend on the number of rows in a tile. Does not count
+/// operations, because attention counts only those of visible pairs.
 pub(in crate::kernels) fn by_blocks<A: Accumulator>(
     cpu: &Cpu,
     alpha: f64,

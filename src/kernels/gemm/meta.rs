@@ -105,6 +105,7 @@ mod tests {
     use crate::{
         device::Cpu,
         kernels::{Backend, Product},
+        rng::Philox,
         tensor::Tensor,
     };
 
@@ -164,6 +165,62 @@ mod tests {
         let tree = || device.gemm_tree(&terms, c.mat_mut()?);
         assert_eq!(counted(&device, tree), 2 * 9 * 6 * 20);
         assert_eq!(device.memory(), before);
+    }
+
+    /// Makes products of every kind, the first of them large enough for several threads, and returns
+    /// the operations that the device has counted after each product.
+    fn products<B: Backend>(device: &B, flops: impl Fn(&B) -> u64) -> Result<Vec<u64>> {
+        let (random, mut drawn, mut seen) = (Philox::stream(7, 0), 0, Vec::new());
+        let mut below = |bound: usize| {
+            drawn += 1;
+            (random.uniform(drawn) * bound as f64) as usize
+        };
+        for case in 0..50 {
+            // Up to 15 or up to 60, so that products are skinny or blocked.
+            let mut size = || below(16) * [1, 4][below(2)];
+            let [m, k, n] = if case == 0 { [170, 180, 190] } else { [size(), size(), size()] };
+            let (x, w, dy) = (mat(device, m, k), mat(device, n, k), mat(device, m, n));
+            let (mut y, mut pre, mut dx) = (mat(device, m, n), mat(device, m, n), mat(device, m, k));
+            let mut dw = mat(device, n, k);
+            let bias = mat(device, 1, n);
+            device.gemm(1.0, x.mat(), w.mat().t(), 0.0, y.mat_mut()?)?;
+            seen.push(flops(device));
+            let epilogue = Epilogue { bias: Some(bias.slice()), activation: None };
+            device.linear(x.mat(), w.mat(), epilogue, y.mat_mut()?)?;
+            seen.push(flops(device));
+            let activation = Some((Activation::Relu, pre.mat_mut()?));
+            device.linear(x.mat(), w.mat(), Epilogue { bias: None, activation }, y.mat_mut()?)?;
+            seen.push(flops(device));
+            let through = Some((Activation::Relu, x.mat()));
+            device.linear_dx(dy.mat(), w.mat(), through, dx.mat_mut()?)?;
+            seen.push(flops(device));
+            device.linear_dw(dy.mat(), x.mat(), 1.0, dw.mat_mut()?, None)?;
+            seen.push(flops(device));
+            let split = below(k + 1);
+            let term = |depth: std::ops::Range<usize>, merges| {
+                let products = vec![(x.mat().columns(depth.clone()), w.mat().columns(depth).t())];
+                GemmTerm { products, merges }
+            };
+            device.gemm_tree(&[term(0..split, 0), term(split..k, 1)], y.mat_mut()?)?;
+            seen.push(flops(device));
+            let batch = Batch { count: 3, a: 0, b: 0, c: m * n };
+            let mut all = mat(device, 3 * m, n);
+            let c = MatMut::new(all.slice_mut()?, m, n)?;
+            device.gemm_batched(batch, 1.0, x.mat(), w.mat().t(), 0.0, c)?;
+            seen.push(flops(device));
+            let one = |c| Product { a: x.mat(), b: w.mat().t(), beta: 0.0, c };
+            device.gemm_all(vec![one(y.mat_mut()?), one(pre.mat_mut()?)])?;
+            seen.push(flops(device));
+        }
+        Ok(seen)
+    }
+
+    #[test]
+    fn a_cpu_counts_the_same_operations() {
+        let threads = std::num::NonZeroUsize::new(2).unwrap();
+        let planned = products(&Meta::new(), Meta::flops).unwrap();
+        assert_eq!(products(&Cpu::new(), Cpu::flops).unwrap(), planned);
+        assert_eq!(products(&Cpu::new().with_threads(threads), Cpu::flops).unwrap(), planned);
     }
 
     #[test]
