@@ -2,6 +2,7 @@
 
 mod job;
 mod machine;
+pub mod megatron;
 mod outcome;
 mod strategy;
 mod timeline;
