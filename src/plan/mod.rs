@@ -4,6 +4,7 @@ mod dry;
 mod job;
 mod limits;
 mod machine;
+pub mod megatron;
 mod outcome;
 mod preview;
 mod search;
