@@ -176,11 +176,10 @@ impl<'a> Stage<'a> {
             };
             let reduces = self.strategy.data > 1 && compute.microbatch + 1 == microbatches;
             for step in self.steps(compute) {
-                for group in step.completes.filter(|_| reduces) {
-                    for &bucket in &buckets.of_group[group] {
-                        if !std::mem::replace(&mut filling[bucket], true) {
-                            walk.buckets += buckets.bytes[bucket] as i64;
-                        }
+                let completes = step.completes.filter(|_| reduces);
+                for &bucket in completes.iter().flat_map(|&group| &buckets.of_group[group]) {
+                    if !std::mem::replace(&mut filling[bucket], true) {
+                        walk.buckets += buckets.bytes[bucket] as i64;
                     }
                 }
                 walk.apply(&step);

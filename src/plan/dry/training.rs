@@ -9,7 +9,7 @@ use crate::{
     optim::{AdamW, grad_norm},
     parallel::{DropoutState, Layer, ResidualStream, VocabParallelCrossEntropy},
     shard::Sequences,
-    tensor::{Param, Random},
+    tensor::{Param, Random, Tensor},
     train::{Microbatch, PipelineEnds, Schedule},
 };
 
@@ -124,12 +124,12 @@ impl Training {
         let probe = Probe::new(rank, ranks, dtype)?;
         let mut training: Option<Self> = None;
         for layer in kinds(model).0 {
-            let run = |recomputed| {
+            let load = |recomputed| {
                 let config = with_blocks(model, layer, if together { 1 } else { 2 }, recomputed);
-                Run::<S, T>::load(&probe, &config, together)?.measure(&probe, &ids, &microbatch)
+                Run::<S, T>::load(&probe, &config, together)
             };
-            let (mut own, plain, params) = run(false)?;
-            let (_, recomputed, _) = run(true)?;
+            let (mut own, plain, params) = load(false)?.measure(&probe, &ids, &microbatch)?;
+            let recomputed = load(true)?.measure_block(&probe, &microbatch)?;
             let block = Block { plain, recomputed, params };
             training = match training {
                 None => {
@@ -196,6 +196,30 @@ impl<S: ResidualStream, T: Element> Run<S, T> {
         let schedule = Schedule::gpipe(if together { 1 } else { 2 }, 1);
         let load = |rank| Decoder::load_stages(&probe.group, &source, config, &schedule, rank);
         Ok(Self { first: load(0)?, last: if together { None } else { Some(load(1)?) } })
+    }
+
+    /// Runs the block for two microbatches.
+    fn measure_block(&self, probe: &Probe, microbatch: &Microbatch) -> Result<BlockPasses> {
+        let block = &self.first.chunks()[0];
+        block.params().iter().for_each(|param| param.set_microbatches(2));
+        let run = || {
+            let rows = microbatch.sequences.rows();
+            let shape = [S::local_rows(&probe.group, rows)?.len(), self.first.config().hidden()];
+            let stream = || -> Result<_> {
+                let x = S::of_local(&probe.group, rows, Tensor::<T, _>::zeros(&probe.device, shape)?)?;
+                let x = x.with_sequences(microbatch.sequences.clone())?;
+                Ok(match microbatch.dropout {
+                    Some(dropout) => x.with_dropout_state(dropout),
+                    None => x,
+                })
+            };
+            let (x, dy) = (stream()?, stream()?);
+            let ((_, saved), forward) = probe.run(|| block.forward(x))?;
+            let (_, backward) = probe.run(|| block.backward(saved, dy))?;
+            Ok::<_, Error>((forward, backward))
+        };
+        let ((forward, backward), (_, later)) = (run()?, run()?);
+        Ok(BlockPasses { forward, backward: [backward, later] })
     }
 
     /// Runs a step of two microbatches. Returns the parts outside the blocks, and those of the

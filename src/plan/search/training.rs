@@ -2,7 +2,7 @@
 
 use super::{
     super::{
-        Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, Strategy, Verdict,
+        Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, SpanWork, Strategy, Verdict,
         dry::{self, Training},
         preview,
         stage::Stage,
@@ -116,7 +116,7 @@ impl Search<'_> {
                 let replica = pipeline * tensor;
                 let (left, of_node) = (machine.ranks / replica, machine.ranks_per_node / replica);
                 for data in replicas(self.batch, left, of_node, limits) {
-                    let sizes = microbatches(self.batch, data, limits);
+                    let sizes = microbatches(self.batch, self.tokens, data, limits);
                     for (chunks, &sp) in (1..=8).flat_map(|chunks| sps.clone().map(move |sp| (chunks, sp))) {
                         let of = |&(sequences, microbatches): &(usize, usize)| {
                             Strategy::new(data, pipeline, tensor, sequences)
@@ -297,7 +297,7 @@ impl Search<'_> {
         let busiest = (0..pipeline).max_by(|&a, &b| timeline.busy(a).total_cmp(&timeline.busy(b)));
         let busiest = busiest.unwrap_or(0);
         let seconds = timeline.seconds + reduce + update;
-        let messages = timeline.ranks[busiest].iter().filter(|span| span.is_exchange()).count();
+        let messages = timeline.ranks[busiest].iter().filter(|span| span.work == SpanWork::Exchange).count();
         Ok(Plan {
             strategy,
             verdict,
@@ -331,12 +331,16 @@ fn pipeline_sizes(layers: usize, ranks: usize, limits: &Limits) -> Vec<usize> {
     (1..=layers.min(ranks)).filter(considered).collect()
 }
 
+/// A microbatch of more tokens than this makes no product faster. It only needs more memory, and
+/// makes the bubble of a pipeline larger.
+const ENOUGH_TOKENS: usize = 1 << 14;
+
 /// The sizes of microbatches, in sequences, and their numbers for each replica. Sizes are powers of
-/// two as far as the batch allows.
-fn microbatches(batch: usize, data: usize, limits: &Limits) -> Vec<(usize, usize)> {
+/// two as far as the batch allows, up to the first with [`ENOUGH_TOKENS`].
+fn microbatches(batch: usize, tokens: usize, data: usize, limits: &Limits) -> Vec<(usize, usize)> {
     let own = batch.div_ceil(data);
-    let sizes =
-        std::iter::successors(Some(1), |&size: &usize| Some(2 * size)).take_while(|&size| size < 2 * own);
+    let double = |&size: &usize| (size < own && size * tokens < ENOUGH_TOKENS).then_some(2 * size);
+    let sizes = std::iter::successors(Some(1), double);
     let sizes = limits.sequences.map_or_else(|| sizes.collect(), |sequences| vec![sequences.min(own)]);
     let mut all: Vec<_> = sizes
         .into_iter()
