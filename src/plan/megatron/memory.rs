@@ -6,8 +6,8 @@ use crate::{error::Result, plan::Memory};
 impl Model {
     /// The parameters of a layer.
     ///
-    /// * GPT: 2h² (1 + g/a) + 2hf, biases of h (3 + 2g/a) + f and norms of 4h; 12h² + 13h for f = 4h
-    ///   and g = a;
+    /// * GPT: 2h² (1 + g/a) + 2hf, biases of h (3 + 2g/a) + f and norms of 4h, which is 12h² + 13h
+    ///   for f = 4h and g = a;
     /// * Llama: 2h² (1 + g/a) + 3hf + 2h.
     pub fn layer_parameters(&self) -> f64 {
         let [h, f] = [self.hidden, self.ffn].map(|size| size as f64);
@@ -47,8 +47,8 @@ impl Model {
 
 impl Run {
     /// The parameters of the most loaded rank: L/p layers and an end of the model, divided by t.
-    /// The first and the last stage both hold a table of Vh. As in Megatron-LM's estimate, norms and
-    /// biases are divided by t too, although every rank holds them.
+    /// The first and the last stage both hold a table of Vh. As in Megatron-LM's estimate, norms
+    /// and biases are divided by t too, although every rank holds them.
     ///
     /// # Errors
     /// When the run does not divide the model.
@@ -65,10 +65,10 @@ impl Run {
     /// The memory of the most loaded rank in mixed precision: bytes for each of its parameters, and
     /// the activations of the microbatches that are in flight on the first pipeline rank.
     ///
-    /// * parameters: 2 of the weight, 4 of the gradient, 12 of Adam in f32 (weight, mean, variance),
-    ///   or 12/d with the distributed optimizer;
-    /// * layers: [`Run::layer_activations`] · L · (1 + (p − 1) / (p v)) for an interleaved schedule,
-    ///   · L · min(1, m/p) otherwise;
+    /// * parameters: 2 of the weight, 4 of the gradient, 12 of Adam in f32 (weight, mean,
+    ///   variance), or 12/d with the distributed optimizer;
+    /// * layers: [`Run::layer_activations`] · L · (1 + (p − 1) / (p v)) for an interleaved
+    ///   schedule, [`Run::layer_activations`] · L · min(1, m/p) otherwise;
     /// * the embedding: (8 s b + s b h) for each microbatch in flight (ids and dropout);
     /// * the head, if p = 1: 4 s b h + 4 s b V (the inputs of the norm and the head, and the logits
     ///   in f32);
@@ -115,14 +115,14 @@ impl Run {
     /// The bytes that a layer saves for its backward, for one microbatch on one rank. With t' = t
     /// for sequence parallelism, and t' = 1 without it:
     ///
-    /// * GPT: s b (10 h / t' + (4h (1 + g/a) + 4f) / t) + 5 a s² b / t, which is s b h (34 + 5 a s / h)
-    ///   for t = 1, f = 4h and g = a;
+    /// * GPT: s b (10 h / t' + (4h (1 + g/a) + 4f) / t) + 5 a s² b / t, which for t = 1, f = 4h and
+    ///   g = a is s b h (34 + 5 a s / h);
     /// * Llama: s b (8 h / t' + (12 h + 8 f) / t) + 5 a s² b / t;
     /// * without the term in s² for selective recomputation and for fused attention;
     /// * 2 s b h / t' for full recomputation.
     ///
-    /// Source: Korthikanti et al., 2022 (arXiv 2205.05198), table 2. Its Llama form is fitted to the
-    /// runs of arXiv 2311.05610.
+    /// Source: Korthikanti et al., 2022 (arXiv 2205.05198), table 2. The form for Llama counts what
+    /// fused norms and gates save.
     ///
     /// # Errors
     /// When the run does not divide the model.

@@ -8,7 +8,8 @@
 //!
 //! // GPT-3 175B on 64 GPUs.
 //! let model = Model::gpt(12288, 96, 96, 51200, 2048);
-//! let run = Run { tensor: 8, pipeline: 8, batch: 64, recompute: Recompute::Full, ..Run::default() };
+//! let recompute = Recompute::Full;
+//! let run = Run { tensor: 8, pipeline: 8, batch: 64, recompute, ..Run::default() };
 //! let a100 = Machine::preset("a100-80g")?;
 //! let (memory, step) = (run.memory(&model)?, run.step(&model, &a100)?);
 //! assert!(memory.total() < a100.memory);

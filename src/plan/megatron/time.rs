@@ -35,13 +35,14 @@ impl Run {
     /// * Products ([`Machine::kernel`]): 4 of a layer and 2 of attention's scores, forward once,
     ///   backward twice. Fused attention has 2 forward and 5 backward in one kernel each.
     /// * Passes over memory, forward + backward, each of a 2-byte tensor: norms 2 + 3, residual
-    ///   additions 3 + 3 (with dropout 3.5 + 5.5), both twice, of s b h / t'; GELU 2 + 3 or the gate
-    ///   3 + 5, of s b f / t; rotary positions 2 + 2 of q and k; softmax 2 + 3 and dropout 2.5 + 2.5,
-    ///   of a b s² / t. The backward adds each weight's gradient to an accumulator in f32 (10 bytes).
+    ///   additions 3 + 3 (with dropout 3.5 + 5.5), both twice, of s b h / t'; GELU 2 + 3 or the
+    ///   gate 3 + 5, of s b f / t; rotary positions 2 + 2, of q and k; softmax 2 + 3 and dropout
+    ///   2.5 + 2.5, of a b s² / t. Adding a weight's gradient to its accumulator in f32 moves 10
+    ///   bytes.
     /// * Recomputation repeats attention's scores (selective) or the forward (full).
-    /// * Tensor parallelism: all-reduces of s b h, 2 forward, 2 backward, 2 in a repeated forward, and
-    ///   one each for the embedding and the head. Sequence parallelism makes an all-gather and a
-    ///   reduce-scatter of each, which take as long.
+    /// * Tensor parallelism: all-reduces of s b h, 2 forward, 2 backward, 2 in a repeated forward,
+    ///   and one each for the embedding and the head. Sequence parallelism makes an all-gather and
+    ///   a reduce-scatter of each, which take as long.
     /// * Pipeline: v messages of s b h / t each way, and without sequence parallelism an all-gather
     ///   of each within the tensor-parallel group (arXiv 2104.04473, section 4.1).
     /// * Reduction: an all-reduce over the d replicas of 2 bytes for each parameter of the rank.
@@ -51,8 +52,8 @@ impl Run {
     /// links to the network.
     ///
     /// # Errors
-    /// When the run does not divide the model, when the machine is invalid, and when it has no rate
-    /// for bf16.
+    /// When the run does not divide the model, when the machine is invalid or has no rate for bf16,
+    /// and when the seconds are not finite.
     pub fn step(&self, model: &Model, machine: &Machine) -> Result<Step> {
         let parameters = self.parameters(model)?;
         machine.check()?;
