@@ -35,5 +35,6 @@ mod decoder;
 mod unread;
 
 pub use bert::{Bert, BertSaved};
+pub(crate) use config::text as config_text;
 pub use config::{BertConfig, DecoderConfig, DecoderNames, LayerChoices, ModelConfig};
 pub use decoder::{Decoder, DecoderEnds, DecoderSaved, Tokens};

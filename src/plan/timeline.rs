@@ -326,8 +326,7 @@ mod tests {
                                 send.map(|message| receives[&key(&message)]),
                                 receive.map(|message| sends[&key(&message)]),
                             ];
-                            peers.into_iter().flatten().map(|peer| arrival(peer)).fold(own, f64::max)
-                                + exchange
+                            peers.into_iter().flatten().map(&arrival).fold(own, f64::max) + exchange
                         }
                     };
                 }

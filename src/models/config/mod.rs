@@ -29,6 +29,9 @@ use std::{
 /// The known values of `model_type`.
 const KNOWN: [&str; 7] = ["llama", "mistral", "ministral", "qwen2", "qwen3", "gpt2", "bert"];
 
+/// What [`ModelConfig::read`] expects.
+const EXPECTED: &str = "a config.json: pass the folder of the model";
+
 /// The largest size of a configuration, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
@@ -264,11 +267,14 @@ impl ModelConfig {
         let ends = match generation.filter(|path| path.exists()) {
             Some(path) => {
                 let ends = |text: &str| Json::new("", &object(text)?).tokens("eos_token_id");
-                ends(&text(&path)?).map_err(|reason| Error::Config { path, reason })?.unwrap_or_default()
+                ends(&text(&path, EXPECTED)?)
+                    .map_err(|reason| Error::Config { path, reason })?
+                    .unwrap_or_default()
             }
             None => Vec::new(),
         };
-        Self::with_ends(&text(&config)?, ends).map_err(|reason| Error::Config { path: config, reason })
+        Self::with_ends(&text(&config, EXPECTED)?, ends)
+            .map_err(|reason| Error::Config { path: config, reason })
     }
 
     /// Parses the text of a `config.json`.
@@ -332,8 +338,9 @@ pub(super) fn stored_as(text: &str, dtype: DType) -> String {
     if changed { format!("{:#}\n", Value::Object(json)) } else { text.into() }
 }
 
-/// Reads the text of a configuration.
-fn text(path: &Path) -> Result<String> {
+/// Reads the text of a configuration, a file of at most 1 MiB. Errors say that the file is not
+/// `expected`.
+pub(crate) fn text(path: &Path, expected: &str) -> Result<String> {
     let io = |error: io::Error| Error::io(path, &error);
     let bad = |reason: String| Error::Config { path: path.into(), reason };
     // Checks the type before opening the file, because opening a pipe waits for its writer.
@@ -342,8 +349,7 @@ fn text(path: &Path) -> Result<String> {
     }
     let mut bytes = Vec::new();
     fs::File::open(path).map_err(io)?.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
-    let no_config =
-        |what: &str| bad(format!("this is {what}, not a config.json: pass the folder of the model"));
+    let no_config = |what: &str| bad(format!("this is {what}, not {expected}"));
     if bytes.starts_with(b"GGUF") {
         return Err(no_config("a GGUF file"));
     }

@@ -1,5 +1,6 @@
 //! The rates of a machine: what turns operations and bytes into seconds.
 
+mod file;
 mod presets;
 
 use crate::{
@@ -13,7 +14,17 @@ use std::collections::BTreeMap;
 /// A machine: devices that compute, their memory, and the links between them. All ranks are equal.
 ///
 /// Units: bytes, seconds, floating-point operations a second, bytes a second. A machine is a
-/// preset ([`Machine::preset`]) or is read from JSON with the same fields.
+/// preset ([`Machine::preset`]) or is read from JSON with the same fields ([`Machine::read`]).
+///
+/// ```
+/// use shardwise::plan::Machine;
+/// let machine = Machine::preset("h200")?.with_ranks(4);
+/// let text = machine.to_json()?;
+/// assert_eq!(Machine::parse(&text)?, machine);
+/// let error = Machine::parse(&text.replace("4.6e-6", "-1")).unwrap_err();
+/// assert_eq!(error.to_string(), "machine: `launch` is -1, but has to be at least 0");
+/// # Ok::<(), shardwise::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]

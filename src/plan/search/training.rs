@@ -14,7 +14,6 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    shard::Partition,
     train::Pass,
 };
 use std::{collections::HashMap, rc::Rc};
