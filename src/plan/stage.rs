@@ -299,9 +299,10 @@ impl<'a> Stage<'a> {
         if data == 1 {
             return Vec::new();
         }
-        let link = machine.link(data, pipeline * tensor);
         let dtype = self.accumulator();
-        let reduce = |elements| link.seconds(&Transfer { op: Op::AllReduce, dtype, elements }, data);
+        let reduce = |elements| {
+            machine.seconds(&Transfer { op: Op::AllReduce, dtype, elements }, data, pipeline * tensor)
+        };
         self.buckets().elements.into_iter().map(reduce).collect()
     }
 }

@@ -58,13 +58,12 @@ impl Time {
 impl Part {
     /// Sets the part's seconds on a machine, in a tensor-parallel group of `ranks` ranks.
     pub(super) fn price(&mut self, machine: &Machine, ranks: usize) -> Result<()> {
-        let link = machine.link(ranks, 1);
         self.time = Time::default();
         for (kernel, runs) in &self.work {
             self.time.compute += machine.kernel(kernel)? * *runs as f64;
         }
         for (transfer, count) in &self.transfers {
-            self.time.transfers += link.seconds(transfer, ranks) * *count as f64;
+            self.time.transfers += machine.seconds(transfer, ranks, 1) * *count as f64;
         }
         Ok(())
     }

@@ -146,11 +146,23 @@ impl Machine {
         Self { ranks, ..self }
     }
 
-    /// The link that a group of `ranks` ranks uses. Neighbours in the group are `stride` ranks of
-    /// the world apart. A group that does not fit into a node uses the network.
-    pub fn link(&self, ranks: usize, stride: usize) -> Link {
-        let span = ranks.saturating_sub(1).saturating_mul(stride).saturating_add(1);
-        if span <= self.ranks_per_node { self.node } else { self.network }
+    /// The seconds of a transfer in a group of `ranks` ranks. Neighbours in the group are `stride`
+    /// ranks of the world apart.
+    ///
+    /// A reduction or a gather of a group on several nodes is hierarchical. Over the network it
+    /// runs between the ranks of the same place in their nodes, each with its share of the
+    /// elements; then it runs within the nodes. A broadcast or an exchange of such a group takes
+    /// the network.
+    pub fn seconds(&self, transfer: &Transfer, ranks: usize, stride: usize) -> f64 {
+        let inside = (self.ranks_per_node / stride.max(1)).clamp(1, ranks.max(1));
+        match transfer.op {
+            Op::Broadcast | Op::Exchange if inside == ranks => self.node.seconds(transfer, ranks),
+            Op::Broadcast | Op::Exchange => self.network.seconds(transfer, ranks),
+            _ => {
+                let share = Transfer { elements: transfer.elements.div_ceil(inside), ..*transfer };
+                self.network.seconds(&share, ranks.div_ceil(inside)) + self.node.seconds(transfer, inside)
+            }
+        }
     }
 
     /// The seconds of a kernel: those of its operations or of its bytes, whichever are more, and

@@ -48,8 +48,7 @@ impl Run {
     /// * Reduction: an all-reduce over the d replicas of 2 bytes for each parameter of the rank.
     /// * Update: the 18 bytes of each parameter are read and written.
     ///
-    /// A collective of a group on several nodes is hierarchical: its ranks of a node share their
-    /// links to the network.
+    /// Collectives take the seconds of [`Machine::seconds`].
     ///
     /// # Errors
     /// When the run does not divide the model, when the machine is invalid or has no rate for bf16,
@@ -192,16 +191,11 @@ impl On<'_> {
         Ok(3.0 * product + self.passes(&[(8.0, self.tokens() * columns)])?)
     }
 
-    /// An all-gather or a reduce-scatter of n ranks, `stride` ranks apart: over the network between
-    /// ranks of the same place in their nodes, with 1 / inside of the elements each, then within
-    /// the node. An all-reduce takes twice as long.
+    /// An all-gather or a reduce-scatter of n ranks, `stride` ranks apart. An all-reduce takes twice
+    /// as long.
     fn gather(&self, elements: f64, ranks: usize, stride: usize) -> f64 {
-        let inside = (self.machine.ranks_per_node / stride).clamp(1, ranks);
-        let transfer =
-            |elements: f64| Transfer { op: Op::AllGather, dtype: DTYPE, elements: elements as usize };
-        let across = ranks.div_ceil(inside);
-        self.machine.network.seconds(&transfer(elements / inside as f64), across)
-            + self.machine.node.seconds(&transfer(elements), inside)
+        let transfer = Transfer { op: Op::AllGather, dtype: DTYPE, elements: elements as usize };
+        self.machine.seconds(&transfer, ranks, stride)
     }
 
     /// A message between neighbouring stages.
@@ -212,7 +206,7 @@ impl On<'_> {
         }
         let sent = (elements / run.tensor as f64) as usize;
         let sent = Transfer { op: Op::Exchange, dtype: DTYPE, elements: sent };
-        let seconds = self.machine.link(2, run.tensor.saturating_mul(run.data)).seconds(&sent, 2);
+        let seconds = self.machine.seconds(&sent, 2, run.tensor.saturating_mul(run.data));
         let gathered = if run.sequence_parallel { 0.0 } else { self.gather(elements, run.tensor, 1) };
         seconds + gathered
     }

@@ -4,6 +4,7 @@ mod refusals;
 mod serving;
 mod training;
 
+use self::refusals::Refusals;
 use super::{Goal, Job, Limits, Machine, Memory, Plans, Verdict};
 use crate::error::{Error, Result};
 
@@ -96,6 +97,17 @@ fn check(job: &Job, machine: &Machine, limits: &Limits) -> Result<()> {
         return Err(Error::invalid(OP, reason));
     }
     Ok(())
+}
+
+/// The refusals of what no strategy can do: to divide the model or the batch over more ranks than
+/// they have parts.
+fn impossible(job: &Job, machine: &Machine, batch: usize) -> Refusals {
+    let mut refusals = Refusals::default();
+    let heads = job.model.block.attention.heads;
+    refusals.beyond("tensor", machine.ranks, heads, "number of query heads is");
+    refusals.beyond("pipeline", machine.ranks, job.model.layers.len(), "number of blocks is");
+    refusals.beyond("data", machine.ranks, batch, "number of sequences is");
+    refusals
 }
 
 /// The numbers of tensor-parallel ranks that are considered: all within a node, and the divisors of

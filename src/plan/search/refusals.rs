@@ -13,9 +13,11 @@ pub(super) struct Refusals {
 }
 
 impl Refusals {
-    pub(super) fn add(&mut self, reason: String, count: usize) {
-        if count > 0 {
-            *self.counts.entry(reason).or_default() += count;
+    /// Refuses the sizes of an axis beyond `most`, of those that the machine has ranks for.
+    pub(super) fn beyond(&mut self, axis: &str, ranks: usize, most: usize, why: &str) {
+        if ranks > most {
+            let reason = format!("{axis} parallelism over more than {most} ranks: the {why} {most}");
+            self.counts.insert(reason, ranks - most);
         }
     }
 

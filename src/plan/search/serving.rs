@@ -5,9 +5,7 @@ use super::{
         Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, Strategy, Verdict,
         dry::{self, Serving},
     },
-    BEST, OP,
-    refusals::Refusals,
-    replicas, tensor_sizes, verdict,
+    BEST, OP, impossible, replicas, tensor_sizes, verdict,
 };
 use crate::{
     device::DType,
@@ -23,7 +21,7 @@ pub(super) fn search(
     batch: usize,
     context: usize,
 ) -> Result<Plans> {
-    let (mut refusals, mut considered, mut plans) = (Refusals::default(), 0, Vec::new());
+    let (mut refusals, mut considered, mut plans) = (impossible(job, machine, batch), 0, Vec::new());
     for tensor in tensor_sizes(job, machine, limits) {
         let (left, of_node) = (machine.ranks / tensor, machine.ranks_per_node / tensor);
         for data in replicas(batch, left, of_node, limits) {

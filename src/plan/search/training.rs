@@ -8,9 +8,7 @@ use super::{
         stage::Stage,
         timeline,
     },
-    BEST, OP,
-    refusals::Refusals,
-    replicas, tensor_sizes, verdict,
+    BEST, OP, impossible, replicas, tensor_sizes, verdict,
 };
 use crate::{
     error::{Error, Result},
@@ -49,7 +47,7 @@ pub(super) fn search(
     let (_, kinds) = dry::kinds(&job.model);
     let limit = machine.memory as f64 * machine.tight;
     let mut search = Search { job, machine, batch, tokens, kinds, groups: HashMap::new() };
-    let (mut refusals, mut considered, mut candidates) = (Refusals::default(), 0, Vec::new());
+    let (mut refusals, mut considered, mut candidates) = (impossible(job, machine, batch), 0, Vec::new());
     for sizes in search.strategies(limits) {
         considered += sizes.len();
         let mut least = 0;
@@ -254,7 +252,7 @@ impl Search<'_> {
         let machine = self.machine;
         let exchange = group.iter().map(|dry| dry.exchange(self.job.dtype)).max_by_key(|own| own.elements);
         let exchange = match exchange {
-            Some(transfer) if pipeline > 1 => machine.link(pipeline, tensor).seconds(&transfer, pipeline),
+            Some(transfer) if pipeline > 1 => machine.seconds(&transfer, pipeline, tensor),
             _ => 0.0,
         };
         let (mut ranks, mut update, mut reduce, mut flops) = (Vec::new(), 0.0_f64, 0.0_f64, 0_u128);
