@@ -25,6 +25,7 @@ mod overlap;
 mod own_layers;
 mod params;
 mod plan;
+mod planner;
 mod published;
 mod rows;
 mod safety;
