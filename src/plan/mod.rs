@@ -1,15 +1,18 @@
 //! Planning: which strategy fits a model and a machine, and how fast it is.
 
 mod dry;
+mod file;
 mod job;
 mod limits;
 mod machine;
 pub mod megatron;
 mod outcome;
 mod preview;
+mod saved;
 mod search;
 mod stage;
 mod strategy;
+mod text;
 mod timeline;
 
 pub use job::{Goal, Job};
