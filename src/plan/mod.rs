@@ -8,6 +8,7 @@ mod machine;
 pub mod megatron;
 mod outcome;
 mod preview;
+mod reasons;
 mod saved;
 mod search;
 mod stage;
