@@ -46,7 +46,7 @@ const CONFIG: Config = Config {
     ffn: 1536,
     layers: 4,
     dropout: 0.0,
-    recompute: false,
+    recomputed: 0,
 };
 const SEQUENCES: usize = 8;
 const STEPS: u64 = 2;

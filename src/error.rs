@@ -193,8 +193,8 @@ pub enum Error {
         /// What is wrong with the file.
         reason: String,
     },
-    /// The configuration of a model or of a machine cannot be read, or has a value that the library
-    /// does not know.
+    /// The description of a model, a machine or a plan cannot be read, or has a value that the
+    /// library does not know.
     #[error("{}: {reason}", .path.display())]
     Config {
         /// The file.

@@ -59,7 +59,7 @@
 //! |---|---|---|
 //! | `reference` | yes | the single-device reference |
 //! | `cuda` | no | tensors on NVIDIA GPUs; the libraries are loaded at run time |
-//! | `cli` | no | the program `shardwise`, which starts ranks and reads their records |
+//! | `cli` | no | the program `shardwise`, which starts ranks, reads their records and plans models |
 //! | `mpi` | no | groups of processes over an MPI library, which has to be installed |
 //! | `nccl` | no | groups of GPUs over NCCL |
 

@@ -7,9 +7,12 @@ mod machine;
 pub mod megatron;
 mod outcome;
 mod preview;
+mod reasons;
+mod saved;
 mod search;
 mod stage;
 mod strategy;
+mod text;
 mod timeline;
 
 pub use job::{Goal, Job};

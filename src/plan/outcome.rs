@@ -132,7 +132,8 @@ pub enum Verdict {
 }
 
 /// A reason for which strategies were refused.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Refusal {
     /// The number of strategies.

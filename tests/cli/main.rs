@@ -2,4 +2,5 @@
 #![cfg(target_os = "linux")]
 
 mod launch;
+mod plan;
 mod records;

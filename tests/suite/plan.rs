@@ -6,13 +6,12 @@ use shardwise::{
     Result, Tensor,
     comm::{Group, Op, Transfer, TransferLog},
     device::{Device, Element, Meta},
-    kernels::{Activation, AttentionChoices, Backend, NormKind, RopePairs},
-    models::{Bert, BertConfig, Decoder, DecoderConfig},
-    ops::{RopeConfig, RopeScaling},
+    kernels::{Activation, AttentionChoices, Backend, NormKind},
+    models::{Bert, BertConfig, Decoder, DecoderConfig, ModelConfig},
     optim::{AdamW, clip_scale, grad_norm},
     parallel::{
-        AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, Columns, Context, DTensor, Layer,
-        ResidualStream, TransformerBlock,
+        AttentionConfig, Bias, BlockConfig, ColumnLinear, Columns, Context, DTensor, Layer, ResidualStream,
+        TransformerBlock,
     },
     shard::{Reduction, Replicated, Sequences, Shard},
     tensor::{Random, WeightSource, Weights},
@@ -186,20 +185,13 @@ fn replicas_move_and_hold_what_is_planned() {
 fn a_large_model_has_the_sizes_of_its_formulas() {
     let (vocabulary, hidden, ffn, layers, ranks) = (32_000, 8_192, 28_672, 80, 64);
     let (heads, kv_heads, head_dim) = (64, 8, 128);
-    let rope = RopeConfig { dim: head_dim, base: 1e4, pairs: RopePairs::Halves, scaling: RopeScaling::None };
-    let block = BlockConfig::new(
-        AttentionConfig::new(hidden, heads)
-            .with_kv_heads(kv_heads)
-            .with_choices(AttentionChoices::CAUSAL)
-            .with_rope(rope),
-        ffn,
-        Activation::Silu,
-        NormKind::RmsNorm { eps: 1e-5 },
-    )
-    .with_gate(true)
-    .with_names(BlockNames::llama());
-    let mut config = DecoderConfig::new(vocabulary, block, layers);
-    config.tied = false;
+    let path = shardwise_tests::root().join("tests/data/configs/llama-2-70b.json");
+    let ModelConfig::Decoder(config) = ModelConfig::read(path).unwrap() else { panic!("not a decoder") };
+    let attention = &config.block.attention;
+    let sizes = (config.vocabulary, attention.hidden, config.block.ffn, config.layers.len());
+    assert_eq!(sizes, (vocabulary, hidden, ffn, layers));
+    assert_eq!((attention.heads, attention.kv_heads, attention.head_dim), (heads, kv_heads, head_dim));
+    assert!(!config.tied);
     // Each rank has one query and one key/value head.
     let of_layer = 4 * hidden * head_dim + 3 * hidden * ffn / ranks;
     let matrices = layers * of_layer + hidden * vocabulary / ranks;

@@ -22,6 +22,7 @@ use shardwise::{
     models::Decoder,
     optim::{AdamW, AdamWConfig, Decay, LearningRate, LossScale, clip_scale, require_finite},
     parallel::{ResidualStream, Sampler},
+    plan::{Plan, Strategy},
     reference::worst,
     rng::Philox,
     shard::{Axis, Mesh, Reduction, Replicated, Shard},
@@ -83,9 +84,16 @@ struct Args {
     layers: usize,
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
-    /// Keep only each block's input, and recompute the block's forward in the backward.
-    #[arg(long)]
-    recompute: bool,
+    /// The number of leading blocks that keep only their input, and recompute their forward in the
+    /// backward.
+    #[arg(long, default_value_t = 0)]
+    recompute: usize,
+    /// Take the mesh, the schedule, sequence parallelism and recomputed blocks from a plan of
+    /// `shardwise plan --save`.
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "dp", "pp", "tp", "sequence_parallel", "microbatches", "chunks", "recompute", "compare",
+    ])]
+    plan: Option<PathBuf>,
     /// The highest learning rate.
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
@@ -103,6 +111,34 @@ struct Args {
     /// The folder for the curve and the weights.
     #[arg(long, default_value = "target/train_text")]
     out: PathBuf,
+}
+
+impl Args {
+    /// Replaces the arguments by those of the plan, if there is one.
+    fn planned(self) -> Result<Self> {
+        let Some(path) = &self.plan else { return Ok(self) };
+        let plan = Plan::read(path)?.strategy;
+        let Strategy { data, microbatches, sequences, .. } = plan;
+        let own = self.batch.div_ceil(data.saturating_mul(microbatches));
+        if own != sequences {
+            let reason = format!(
+                "--batch {} has microbatches of {own} sequences on {data} replicas with {microbatches} microbatches, \
+                 but those of the plan have {sequences}",
+                self.batch
+            );
+            return Err(Error::Invalid { op: "train_text", reason });
+        }
+        Ok(Self {
+            dp: data,
+            pp: plan.pipeline,
+            tp: plan.tensor,
+            chunks: plan.chunks,
+            microbatches: Some(microbatches),
+            recompute: plan.recomputed,
+            sequence_parallel: plan.sequence_parallel,
+            ..self
+        })
+    }
 }
 
 /// A text as token ids. The last tenth is for validation.
@@ -175,7 +211,7 @@ struct Trained {
 }
 
 fn config(args: &Args, text: &Text) -> Config {
-    let Args { context, hidden, heads, layers, dropout, recompute, .. } = *args;
+    let Args { context, hidden, heads, layers, dropout, recompute: recomputed, .. } = *args;
     Config {
         vocabulary: text.characters.len(),
         context,
@@ -184,7 +220,7 @@ fn config(args: &Args, text: &Text) -> Config {
         ffn: 4 * hidden,
         layers,
         dropout,
-        recompute,
+        recomputed,
     }
 }
 
@@ -321,7 +357,7 @@ fn bound(dtype: Dtype) -> f64 {
 }
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let args = Args::parse();
+    let args = Args::parse().planned()?;
     let text = Text::read(&args.text)?;
     std::fs::create_dir_all(&args.out)?;
     println!("{} characters of {} kinds", text.tokens.len(), text.characters.len());

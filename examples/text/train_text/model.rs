@@ -23,14 +23,15 @@ pub(crate) struct Config {
     pub(crate) ffn: usize,
     pub(crate) layers: usize,
     pub(crate) dropout: f64,
-    /// Whether blocks keep only their input and recompute their forward in the backward.
-    pub(crate) recompute: bool,
+    /// The number of leading blocks that keep only their input and recompute their forward in the
+    /// backward.
+    pub(crate) recomputed: usize,
 }
 
 impl Config {
     /// Returns the configuration of a GPT-2 of these sizes. Its parameter names are not GPT-2's.
     pub(crate) fn decoder(&self) -> DecoderConfig {
-        let &Self { vocabulary, context, hidden, heads, ffn, layers, dropout, recompute } = self;
+        let &Self { vocabulary, context, hidden, heads, ffn, layers, dropout, recomputed } = self;
         let block = BlockConfig::new(
             AttentionConfig::new(hidden, heads)
                 .with_choices(AttentionChoices::CAUSAL)
@@ -43,7 +44,7 @@ impl Config {
         .with_mlp_bias(true);
         let mut config = DecoderConfig::new(vocabulary, block, layers);
         config.dropout = dropout;
-        config.recomputed = if recompute { layers } else { 0 };
+        config.recomputed = recomputed;
         config.positions = Some(context);
         config.context = Some(context);
         config

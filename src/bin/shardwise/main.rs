@@ -1,4 +1,5 @@
-//! The program `shardwise`. It starts ranks on this machine, and reads the records of ranks.
+//! The program `shardwise`. It starts ranks on this machine, reads the records of ranks, and plans
+//! how a model is divided over ranks.
 
 #[cfg(target_os = "linux")]
 mod job;
@@ -8,6 +9,7 @@ mod keep;
 mod launch;
 #[cfg(target_os = "linux")]
 mod output;
+mod plan;
 #[cfg(target_os = "linux")]
 mod signals;
 #[cfg(target_os = "linux")]
@@ -17,7 +19,7 @@ use clap::{Parser, Subcommand};
 use shardwise::trace::{Record, blame, chrome};
 use std::{fs, io, path::PathBuf, process::ExitCode};
 
-/// Starts tensor-parallel ranks and reports how they ended.
+/// Starts tensor-parallel ranks and reports how they ended; plans models.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -48,6 +50,9 @@ enum Command {
         #[arg(short, long)]
         output: PathBuf,
     },
+    /// Plans how a model is divided over the ranks of a machine: memory and time of the best plans.
+    /// The exit code is 3 if nothing fits.
+    Plan(plan::Request),
 }
 
 /// The records of ranks, from `SHARDWISE_FLIGHT_DIR` or `launch --flight`.
@@ -77,6 +82,7 @@ fn main() -> ExitCode {
             println!("{}", blame(&records));
             0
         }),
+        Command::Plan(request) => request.run(),
         Command::Trace { records, output } => {
             records.read().and_then(|records| fs::write(&output, chrome(&records))).map(|()| 0)
         }

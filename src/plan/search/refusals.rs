@@ -1,6 +1,6 @@
 //! Counts of refused strategies.
 
-use super::super::{Refusal, Strategy};
+use super::super::{Refusal, Strategy, text};
 use std::collections::BTreeMap;
 
 /// Why strategies were refused.
@@ -34,10 +34,9 @@ impl Refusals {
         let mut all: Vec<_> =
             self.counts.into_iter().map(|(reason, count)| Refusal { count, reason }).collect();
         if let Some((bytes, strategy)) = self.nearest {
+            let (needed, limit) = (text::bytes(bytes), text::bytes(limit));
             let reason = format!(
-                "out of memory: {strategy}, which needs the least, holds {:.1} GB, but a plan may hold {:.1} GB",
-                bytes as f64 / 1e9,
-                limit as f64 / 1e9
+                "out of memory: {strategy}, which needs the least, holds {needed}, but a plan may hold {limit}"
             );
             all.push(Refusal { count: self.out_of_memory, reason });
         }
