@@ -30,7 +30,7 @@ const CONFIG: Config = Config {
     ffn: 21,
     layers: 2,
     dropout: 0.2,
-    recompute: true,
+    recomputed: 2,
 };
 
 fn batch(step: u64) -> Batch {

@@ -699,7 +699,7 @@ const GPT: Config = Config {
     ffn: 21,
     layers: 2,
     dropout: 0.2,
-    recompute: true,
+    recomputed: 2,
 };
 
 fn trains<T: Element>(worlds: &[usize]) {

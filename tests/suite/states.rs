@@ -541,7 +541,7 @@ const GPT: Config = Config {
     ffn: 7,
     layers: 1,
     dropout: 0.2,
-    recompute: false,
+    recomputed: 0,
 };
 
 /// Returns AdamW's configuration with a large ε. It bounds the steps of a key's bias, whose

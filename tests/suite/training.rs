@@ -40,7 +40,7 @@ const CONFIG: Config = Config {
     ffn: 10,
     layers: 4,
     dropout: 0.2,
-    recompute: true,
+    recomputed: 4,
 };
 
 pub(crate) fn batch(config: &Config, step: u64, sequences: usize) -> Batch {
@@ -131,7 +131,7 @@ proptest! {
         microbatches in 1..4usize, sequences in 1..9usize, context in 1..6usize, heads in 5..7usize, head_dim in 1..3usize,
         ffn in 5..9usize, layers in 4..6usize, vocabulary in 5..14usize, dropout in prop::sample::select(vec![0.0, 0.2]),
     ) {
-        let config = Config { vocabulary, context, hidden: heads * head_dim, heads, ffn, layers, dropout, recompute: layers == 4 };
+        let config = Config { vocabulary, context, hidden: heads * head_dim, heads, ffn, layers, dropout, recomputed: if layers == 4 { layers } else { 0 } };
         let one = train::<Replicated, f64>(&config, [1, 1, 1], alternating(1, 1), sequences, 20, 1.0).unwrap();
         let schedule = || alternating(mesh[1], microbatches);
         same(&train::<Replicated, f64>(&config, mesh, schedule(), sequences, 20, 1.0).unwrap(), &one, 1e-10);
