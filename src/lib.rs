@@ -44,6 +44,7 @@
 //! | [`trace`] | the flight recorder: the last operations of each rank | element types and errors |
 //! | [`weights`] | Hugging Face checkpoints; each rank reads only its shards | tensors |
 //! | [`prelude`] | the names that most programs use | all |
+//! | [`plan`] | which strategy fits a model and a machine, and how fast it is | models |
 //! | [`models`] | Llama, Mistral, Qwen, GPT-2 and BERT from checkpoints | layers and checkpoints |
 #![cfg_attr(
     feature = "reference",
@@ -59,7 +60,7 @@
 //! |---|---|---|
 //! | `reference` | yes | the single-device reference |
 //! | `cuda` | no | tensors on NVIDIA GPUs; the libraries are loaded at run time |
-//! | `cli` | no | the program `shardwise`, which starts ranks, reads their records and plans models |
+//! | `cli` | no | the program `shardwise`: starts ranks, reads their records, plans models |
 //! | `mpi` | no | groups of processes over an MPI library, which has to be installed |
 //! | `nccl` | no | groups of GPUs over NCCL |
 

@@ -1,6 +1,9 @@
 //! The results of planning.
 
-use super::{Job, Machine, Strategy, Timeline, timeline};
+use super::{
+    Job, Machine, Strategy,
+    timeline::{self, Passes, Timeline},
+};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
@@ -79,17 +82,6 @@ pub struct RankUse {
     pub sent: u64,
 }
 
-/// The seconds that a stage takes for one microbatch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[non_exhaustive]
-pub struct Passes {
-    /// A forward.
-    pub forward: f64,
-    /// A backward.
-    pub backward: f64,
-}
-
 /// Bytes of a rank, by what they are for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -144,7 +136,7 @@ pub struct Refusal {
 
 impl Plan {
     /// The better plan first: one that fits, then the faster one. Plans that take the same time are
-    /// ordered by fewer ranks, fewer tensor-parallel ranks, fewer recomputed blocks, and fewer stages.
+    /// ordered by their ranks, tensor-parallel ranks, recomputed blocks and stages.
     pub(super) fn order(&self, other: &Self) -> Ordering {
         let simple = |plan: &Self| {
             let Strategy { tensor, recomputed, chunks, sequence_parallel, .. } = plan.strategy;

@@ -158,8 +158,8 @@ impl<'a> Stage<'a> {
     }
 
     /// The memory at the moment at which the rank holds the most, from the second step on.
-    /// `actions` are the rank's actions of a schedule with `microbatches` microbatches. These may be
-    /// fewer than the strategy's, because the first ones fill the memory.
+    /// `actions` are the rank's actions of a schedule with `microbatches` microbatches. These may
+    /// be fewer than the strategy's, because the first ones fill the memory.
     pub(super) fn memory(&self, actions: &[Action], microbatches: usize) -> Memory {
         let mut walk = Walk { held: self.held(), ..Walk::default() };
         let activation = self.dry.activation as i64;

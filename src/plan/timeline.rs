@@ -1,10 +1,21 @@
 //! The timeline of a pipeline: a [`Schedule`] with the times of its passes.
 
-use super::Passes;
 use crate::{
     error::{Error, Result, same_size},
     train::{Action, Compute, Message, Pass, Schedule},
 };
+use serde::{Deserialize, Serialize};
+
+/// The seconds that a stage takes for one microbatch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Passes {
+    /// A forward.
+    pub forward: f64,
+    /// A backward.
+    pub backward: f64,
+}
 
 /// What each rank of a pipeline does in a step, and when.
 #[derive(Clone, Debug, PartialEq)]

@@ -58,9 +58,9 @@ struct Round<T: Element, B: Device> {
     started: Vec<Pending<T::Acc, B>>,
 }
 
-/// Assigns parameters of these numbers of elements to buckets of at most `capacity` elements, in the
-/// reverse order of `lengths`. Returns each parameter's bucket, offset and length, and the lengths
-/// of the buckets.
+/// Assigns parameters of these numbers of elements to buckets of at most `capacity` elements, in
+/// the reverse order of `lengths`. Returns each parameter's bucket, offset and length, and the
+/// lengths of the buckets.
 pub(crate) fn assign(lengths: &[usize], capacity: usize) -> (Vec<(usize, usize, usize)>, Vec<usize>) {
     let (mut places, mut filled) = (vec![(0, 0, 0); lengths.len()], Vec::<usize>::new());
     for (number, &len) in lengths.iter().enumerate().rev() {

@@ -167,7 +167,7 @@ mod tests {
         assert_eq!(device.memory(), before);
     }
 
-    /// Makes products of every kind, the first of them large enough for several threads, and returns
+    /// Makes products of every kind, the first of them large enough for several threads. Returns
     /// the operations that the device has counted after each product.
     fn products<B: Backend>(device: &B, flops: impl Fn(&B) -> u64) -> Result<Vec<u64>> {
         let (random, mut drawn, mut seen) = (Philox::stream(7, 0), 0, Vec::new());

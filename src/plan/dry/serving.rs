@@ -1,11 +1,12 @@
 //! The parts of generation.
 
-use super::{super::Machine, Part, Probe, kinds, with_blocks};
+use super::{Part, Probe, kinds, with_blocks};
 use crate::{
     device::{DType, Device, Element, Meta},
     error::{Error, Result},
     models::{Decoder, DecoderConfig},
     parallel::Sampler,
+    plan::Machine,
     shard::Replicated,
     tensor::Random,
 };

@@ -1,6 +1,6 @@
 //! The parts of a training step.
 
-use super::{super::Machine, Part, Probe, kinds, with_blocks};
+use super::{Part, Probe, kinds, with_blocks};
 use crate::{
     comm::{Op, Transfer},
     device::{DType, Element, Meta},
@@ -8,6 +8,7 @@ use crate::{
     models::{Decoder, DecoderConfig, DecoderEnds, Tokens},
     optim::{AdamW, grad_norm},
     parallel::{DropoutState, Layer, ResidualStream, VocabParallelCrossEntropy},
+    plan::Machine,
     shard::Sequences,
     tensor::{Param, Random, Tensor},
     train::{Microbatch, PipelineEnds, Schedule},

@@ -191,8 +191,8 @@ impl On<'_> {
         Ok(3.0 * product + self.passes(&[(8.0, self.tokens() * columns)])?)
     }
 
-    /// An all-gather or a reduce-scatter of n ranks, `stride` ranks apart. An all-reduce takes twice
-    /// as long.
+    /// An all-gather or a reduce-scatter of n ranks, `stride` ranks apart. An all-reduce takes
+    /// twice as long.
     fn gather(&self, elements: f64, ranks: usize, stride: usize) -> f64 {
         let transfer = Transfer { op: Op::AllGather, dtype: DTYPE, elements: elements as usize };
         self.machine.seconds(&transfer, ranks, stride)

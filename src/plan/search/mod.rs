@@ -18,7 +18,8 @@ const BEST: usize = 10;
 /// ```
 /// use shardwise::{models::DecoderConfig, plan::{Job, Machine, plan}, prelude::*};
 /// let attention = AttentionConfig::new(2048, 16).with_choices(AttentionChoices::CAUSAL);
-/// let block = BlockConfig::new(attention, 8192, Activation::GeluTanh, NormKind::LayerNorm { eps: 1e-5 });
+/// let norm = NormKind::LayerNorm { eps: 1e-5 };
+/// let block = BlockConfig::new(attention, 8192, Activation::GeluTanh, norm);
 /// let job = Job::train(DecoderConfig::new(50304, block, 24), DType::BF16, 512, 2048);
 /// let plans = plan(&job, &Machine::preset("a100-80g")?.with_ranks(64))?;
 /// let best = &plans.best[0];

@@ -1,6 +1,6 @@
 //! Counts of refused strategies.
 
-use super::super::{Refusal, Strategy, text};
+use crate::plan::{Refusal, Strategy, text};
 use std::collections::BTreeMap;
 
 /// Why strategies were refused.

@@ -1,15 +1,13 @@
 //! The search for serving.
 
-use super::{
-    super::{
-        Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, Strategy, Verdict,
-        dry::{self, Serving},
-    },
-    BEST, OP, impossible, replicas, tensor_sizes, verdict,
-};
+use super::{BEST, OP, impossible, replicas, tensor_sizes, verdict};
 use crate::{
     device::DType,
     error::{Error, Result},
+    plan::{
+        Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, Strategy, Verdict,
+        dry::{self, Serving},
+    },
 };
 use half::bf16;
 
@@ -73,7 +71,7 @@ fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, con
     let decode = slowest.decode.time;
     let sent =
         slowest.decode.transfers.iter().map(|(transfer, count)| transfer.wire_bytes(tensor) as u64 * count);
-    // The ranks of a group have different shards, but their operations add up to those of the model.
+    // The shards of a group differ, but their operations add up to those of the model.
     let flops = slowest.decode.flops().saturating_mul((tensor * data) as u128);
     Ok(Plan {
         strategy: *strategy,

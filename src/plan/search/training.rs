@@ -1,17 +1,15 @@
 //! The search for training.
 
-use super::{
-    super::{
+use super::{BEST, OP, impossible, replicas, tensor_sizes, verdict};
+use crate::{
+    error::{Error, Result},
+    plan::{
         Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, SpanWork, Strategy, Verdict,
         dry::{self, Training},
         preview,
         stage::Stage,
         timeline,
     },
-    BEST, OP, impossible, replicas, tensor_sizes, verdict,
-};
-use crate::{
-    error::{Error, Result},
     train::Pass,
 };
 use std::{collections::HashMap, rc::Rc};
@@ -350,8 +348,8 @@ fn microbatches(batch: usize, tokens: usize, data: usize, limits: &Limits) -> Ve
     all
 }
 
-/// Whether the stages of a strategy can be interleaved, if it has several on each pipeline rank: two,
-/// or as many as divide the blocks evenly.
+/// Whether the stages of a strategy can be interleaved, if it has several on each pipeline rank:
+/// two, or as many as divide the blocks evenly.
 fn interleaves(layers: usize, strategy: &Strategy) -> bool {
     let Strategy { pipeline, chunks, microbatches, .. } = *strategy;
     let stages = pipeline * chunks;
