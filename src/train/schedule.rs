@@ -61,7 +61,9 @@ pub enum Action {
 /// | [`Schedule::one_forward_one_backward`] | ranks − r | Narayanan et al., 2019: 1F1B |
 /// | [`Schedule::interleaved`] | more than with 1F1B | Narayanan et al., 2021: 2.2 |
 ///
-/// The bubble (idle time) of the interleaved schedule is the bubble of 1F1B divided by `chunks`.
+/// The bubble (idle time) of the interleaved schedule is that of 1F1B divided by `chunks`, if no
+/// rank waits to send. [`Pipeline`](super::Pipeline) waits until both ranks have reached an
+/// exchange, which may make the interleaved schedule slower than 1F1B: `plan::Timeline` shows it.
 /// All three schedules sum gradients in the order of the microbatches, so all give the same bits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {

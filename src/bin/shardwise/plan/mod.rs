@@ -12,7 +12,7 @@ use shardwise::{
     comm::Group,
     device::{DType, Device, Meta},
     models::{Decoder, DecoderConfig, ModelConfig},
-    plan::{Goal, Job, Machine, Plan, Plans, Refusal, plan},
+    plan::{Goal, Job, Limits, Machine, Plan, Plans, Refusal, plan_within},
     shard::Replicated,
     tensor::Random,
 };
@@ -55,6 +55,21 @@ pub(crate) struct Request {
     /// The element type of weights and activations.
     #[arg(long, value_enum, default_value_t = Type::Bf16)]
     dtype: Type,
+    /// Consider only this number of replicas.
+    #[arg(long, value_name = "N")]
+    dp: Option<usize>,
+    /// Consider only this number of tensor-parallel ranks.
+    #[arg(long, value_name = "N")]
+    tp: Option<usize>,
+    /// Consider only this number of pipeline ranks.
+    #[arg(long, value_name = "N")]
+    pp: Option<usize>,
+    /// Consider only microbatches of this number of sequences.
+    #[arg(long, value_name = "N")]
+    microbatch: Option<usize>,
+    /// Consider only plans with sequence parallelism (true), or without it (false).
+    #[arg(long, value_name = "BOOL")]
+    sequence_parallel: Option<bool>,
     /// Print JSON instead of a table.
     #[arg(long)]
     json: bool,
@@ -148,7 +163,11 @@ impl Request {
             true => Job::train(config, dtype, batch, tokens),
             false => Job::serve(config, dtype, batch, tokens),
         };
-        let Plans { job, machine, mut best, considered, refused, .. } = plan(&job, &machine)?;
+        let mut limits = Limits::default();
+        (limits.data, limits.tensor, limits.pipeline) = (self.dp, self.tp, self.pp);
+        (limits.sequences, limits.sequence_parallel) = (self.microbatch, self.sequence_parallel);
+        let plans = plan_within(&job, &machine, &limits)?;
+        let Plans { job, machine, mut best, considered, refused, .. } = plans;
         best.truncate(self.top.into());
         Ok(Report { model, dtype, goal: job.goal, machine, considered, best, refused })
     }
