@@ -73,6 +73,11 @@ impl Strategy {
         self.data.saturating_mul(self.pipeline).saturating_mul(self.tensor)
     }
 
+    /// The number of stages of the pipeline.
+    pub(super) fn stages(&self) -> usize {
+        self.pipeline.saturating_mul(self.chunks)
+    }
+
     /// Whether two strategies have equal meshes.
     pub(super) fn is_same_mesh(&self, other: &Self) -> bool {
         let mesh = |strategy: &Self| (strategy.data, strategy.pipeline, strategy.tensor);

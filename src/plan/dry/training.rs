@@ -169,6 +169,13 @@ impl Training {
         parts.into_iter().try_for_each(|part| part.price(machine, ranks))
     }
 
+    /// The seconds of a forward and a backward through the fastest kind of block.
+    pub(in crate::plan) fn fastest_block(&self) -> f64 {
+        let passes = self.blocks.iter().map(|block| &block.plain);
+        let seconds = passes.map(|passes| passes.forward.time.total() + passes.backward[1].time.total());
+        seconds.fold(f64::INFINITY, f64::min)
+    }
+
     /// The exchange of a microbatch's residual stream between two stages.
     pub(in crate::plan) fn exchange(&self, dtype: DType) -> Transfer {
         Transfer { op: Op::Exchange, dtype, elements: self.activation as usize / dtype.size() }

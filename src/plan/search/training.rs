@@ -56,9 +56,9 @@ pub(super) fn search(
                 continue;
             }
             let group = search.group(&strategy)?;
-            let bytes = search.least_memory(&group, &strategy, search.kinds.len());
+            let bytes = search.least_memory(&group, &strategy);
             if bytes as f64 > limit {
-                least = search.least_memory(&group, &strategy.with_microbatches(1), search.kinds.len());
+                least = search.least_memory(&group, &strategy.with_microbatches(1));
                 refusals.out_of_memory(bytes, &strategy);
                 continue;
             }
@@ -150,21 +150,25 @@ impl Search<'_> {
         Stage::new(dry, strategy, rank, self.job.dtype, &self.kinds)
     }
 
-    /// Bytes that the first or the last pipeline rank holds at least, with `recomputed` recomputed
-    /// blocks.
-    fn least_memory(&self, group: &Group, strategy: &Strategy, recomputed: usize) -> u64 {
-        let strategy = strategy.with_recomputed(recomputed);
-        let Strategy { pipeline, chunks, microbatches, .. } = strategy;
+    /// Bytes that the first or the last pipeline rank holds at least, whatever is recomputed: with
+    /// all blocks recomputed, or with none if a rank has so few that this is less.
+    fn least_memory(&self, group: &Group, strategy: &Strategy) -> u64 {
+        let of = |recomputed| self.memory_bound(group, &strategy.with_recomputed(recomputed));
+        of(0).min(of(self.kinds.len()))
+    }
+
+    fn memory_bound(&self, group: &Group, strategy: &Strategy) -> u64 {
+        let Strategy { pipeline, chunks, microbatches, .. } = *strategy;
         // The number of microbatches whose saved values are live at once, on the first rank.
         let in_flight = match chunks {
             1 => microbatches.min(pipeline),
             _ => (microbatches * chunks).min(2 * (pipeline - 1) + (chunks - 1) * pipeline + 1) / chunks,
         };
         let of = |dry: &Training, rank, in_flight: usize| {
-            let stage = self.stage(dry, &strategy, rank);
+            let stage = self.stage(dry, strategy, rank);
             let gradients = stage.gradients();
-            // The backward of the first microbatch allocates the gradients.
-            let allocated = if microbatches > in_flight { gradients } else { 0 };
+            // The backward of the first microbatch allocates the gradients of a chunk.
+            let allocated = if chunks == 1 && microbatches > in_flight { gradients } else { 0 };
             let passes = allocated + in_flight as u64 * stage.saved() + stage.last_peak();
             stage.held().total() + gradients.max(passes)
         };
@@ -172,21 +176,20 @@ impl Search<'_> {
         group.iter().map(least).max().unwrap_or(0)
     }
 
-    /// Seconds that a step takes at least: the last rank waits for the first microbatch, works on
-    /// all of them, and then the other ranks finish the last one.
+    /// Seconds that a step takes at least. The last rank waits for the first microbatch, works on
+    /// all of them, and then the other ranks finish the last one. The first rank works on all.
     fn least_seconds(&self, group: &Group, strategy: &Strategy) -> f64 {
         let Strategy { pipeline, chunks, microbatches, .. } = *strategy;
         let of = |dry: &Training, rank| {
             let stage = self.stage(dry, strategy, rank);
-            (0..chunks)
-                .flat_map(|chunk| [Pass::Forward, Pass::Backward].map(|pass| (pass, chunk)))
-                .map(|(pass, chunk)| stage.time(pass, chunk).total())
-                .sum::<f64>()
+            let passes = |chunk| [Pass::Forward, Pass::Backward].map(|pass| stage.time(pass, chunk).total());
+            (0..chunks).flat_map(passes).sum::<f64>()
         };
         let seconds = |dry: &Training| {
             let (first, last) = (of(dry, 0), of(dry, pipeline - 1));
-            let fill = (pipeline - 1) as f64 * first.min(last) / chunks as f64;
-            microbatches as f64 * first.max(last) + if first > last { 0.0 } else { fill }
+            let blocks = self.kinds.len() / strategy.stages();
+            let others = (pipeline - 1) as f64 * blocks as f64 * dry.fastest_block();
+            (microbatches as f64 * last + others).max(microbatches as f64 * first)
         };
         group.iter().map(seconds).fold(0.0, f64::max)
     }
@@ -352,7 +355,7 @@ fn microbatches(batch: usize, tokens: usize, data: usize, limits: &Limits) -> Ve
 /// two, or as many as divide the blocks evenly.
 fn interleaves(layers: usize, strategy: &Strategy) -> bool {
     let Strategy { pipeline, chunks, microbatches, .. } = *strategy;
-    let stages = pipeline * chunks;
+    let stages = strategy.stages();
     chunks == 1
         || (pipeline > 1
             && microbatches.is_multiple_of(pipeline)
