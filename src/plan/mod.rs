@@ -14,6 +14,7 @@ mod stage;
 mod strategy;
 mod text;
 mod timeline;
+mod traffic;
 
 pub use job::{Goal, Job};
 pub use limits::Limits;
@@ -21,6 +22,6 @@ pub use machine::{Link, Machine, Rate};
 pub use outcome::{Exposed, Memory, Plan, Plans, RankUse, Refusal, Verdict};
 pub use preview::Preview;
 pub use search::{plan, plan_within};
-pub use stage::{Traffic, Transfers};
 pub use strategy::Strategy;
 pub use timeline::{Passes, Span, SpanWork, Timeline};
+pub use traffic::{Traffic, Transfers};

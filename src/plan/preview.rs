@@ -3,7 +3,8 @@
 use super::{
     Goal, Job, Memory, Strategy,
     dry::{self, Training},
-    stage::{Stage, Traffic},
+    stage::Stage,
+    traffic::Traffic,
 };
 use crate::{
     device::DType,
@@ -31,8 +32,14 @@ impl Preview {
     /// any machine.
     ///
     /// # Errors
-    /// When the mesh has no such rank, the model cannot be divided so, or the job is not training.
+    /// As [`Strategy::check`]. Also when the mesh has no such rank, the model cannot be divided so,
+    /// or the job is not training.
     pub fn new(job: &Job, strategy: &Strategy, rank: usize) -> Result<Self> {
+        strategy.check()?;
+        let (layers, stages) = (job.model.layers.len(), strategy.stages());
+        if layers < stages {
+            return Err(Error::sizes("plan", "the number of blocks", layers, "that of stages", stages));
+        }
         let mesh = strategy.mesh()?;
         if rank >= mesh.len() {
             return Err(Error::sizes("plan", "the rank", rank, "the ranks of the mesh", mesh.len()));

@@ -9,10 +9,6 @@ use std::path::Path;
 
 const OP: &str = "plan";
 
-/// The largest number of passes of a step in one direction. Making a schedule allocates all of
-/// them.
-const MAX_PASSES: usize = 1 << 22;
-
 impl Plan {
     /// Reads and checks a plan from JSON, as `shardwise plan --save` and `serde_json` write it.
     ///
@@ -31,32 +27,12 @@ impl Plan {
     /// Checks that the plan can be run and shown.
     ///
     /// # Errors
-    /// When the strategy has no valid mesh or schedule, the schedule has more than 2²² passes in a
-    /// direction, the entries of `ranks` are not those of the schedule, a time or a share is not
-    /// finite or less than 0, or a rank's memory overflows.
+    /// As [`Strategy::check`](super::Strategy::check). Also when the entries of `ranks` are not
+    /// those of the schedule, a time or a share is not finite or less than 0, or a rank's memory
+    /// overflows.
     pub fn check(&self) -> Result<()> {
         let strategy = &self.strategy;
-        strategy.mesh()?;
-        for (what, size) in [
-            ("chunks", strategy.chunks),
-            ("microbatches", strategy.microbatches),
-            ("sequences", strategy.sequences),
-        ] {
-            if size == 0 {
-                return Err(Error::invalid(OP, format!("`{what}` is 0, but has to be at least 1")));
-            }
-        }
-        let passes = [strategy.chunks, strategy.microbatches]
-            .into_iter()
-            .try_fold(strategy.pipeline, |product, size| product.checked_mul(size));
-        if passes.is_none_or(|passes| passes > MAX_PASSES) {
-            let reason = format!(
-                "{} pipeline ranks, {} chunks and {} microbatches are more than {MAX_PASSES} passes",
-                strategy.pipeline, strategy.chunks, strategy.microbatches
-            );
-            return Err(Error::invalid(OP, reason));
-        }
-        strategy.schedule()?;
+        strategy.check()?;
         same_size(OP, "the number of `ranks`", self.ranks.len(), "`pipeline`", strategy.pipeline)?;
         for (at, rank) in self.ranks.iter().enumerate() {
             check_rank(rank, at, strategy.chunks)?;

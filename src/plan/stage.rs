@@ -3,6 +3,7 @@
 use super::{
     Machine, Memory, Strategy,
     dry::{Block, BlockPasses, Params, Part, Position, Time, Training},
+    traffic::Traffic,
 };
 use crate::{
     comm::{Op, Transfer},
@@ -10,23 +11,10 @@ use crate::{
     shard::Partition,
     train::{Action, BUCKET, Compute, Pass, assign_buckets},
 };
-use std::{collections::BTreeMap, ops::Range};
+use std::ops::Range;
 
-/// Transfers, each with how often it is made.
-pub type Transfers = BTreeMap<Transfer, u64>;
-
-impl Traffic {
-    /// The fewest bytes that the rank has to send: [`Transfer::wire_bytes`].
-    pub fn sent(&self, strategy: &Strategy) -> u64 {
-        let Strategy { data, pipeline, tensor, .. } = *strategy;
-        let groups =
-            [(&self.tensor, tensor), (&self.pipeline, pipeline), (&self.ends, 2), (&self.data, data)];
-        let of = |(transfers, ranks): (&Transfers, usize)| -> u64 {
-            transfers.iter().map(|(transfer, count)| transfer.wire_bytes(ranks) as u64 * count).sum()
-        };
-        groups.into_iter().map(of).sum()
-    }
-}
+/// The element type of gradients: the accumulator of f32, bf16 and f16.
+const ACCUMULATOR: DType = DType::F32;
 
 /// One rank in training.
 pub(super) struct Stage<'a> {
@@ -38,20 +26,6 @@ pub(super) struct Stage<'a> {
     chunks: Vec<Range<usize>>,
     /// The kind of each block of the model.
     kinds: &'a [usize],
-}
-
-/// A rank's transfers in a step, by group, as [`TransferLog`](crate::comm::TransferLog) has them.
-#[derive(Clone, Debug, Default, PartialEq)]
-#[non_exhaustive]
-pub struct Traffic {
-    /// In the tensor-parallel group.
-    pub tensor: Transfers,
-    /// In the pipeline's group. The sender logs an exchange.
-    pub pipeline: Transfers,
-    /// In the group of the pipeline's first and last rank, for a tied table.
-    pub ends: Transfers,
-    /// In the group of replicas.
-    pub data: Transfers,
 }
 
 impl<'a> Stage<'a> {
@@ -109,11 +83,7 @@ impl<'a> Stage<'a> {
     /// The bytes of all gradients.
     pub(super) fn gradients(&self) -> u64 {
         let elements: usize = self.params().iter().flat_map(|params| &params.lengths).sum();
-        (elements * self.accumulator().size()) as u64
-    }
-
-    fn accumulator(&self) -> DType {
-        if self.dtype == DType::F64 { DType::F64 } else { DType::F32 }
+        (elements * ACCUMULATOR.size()) as u64
     }
 
     /// What the forwards of one microbatch save on this rank.
@@ -198,7 +168,7 @@ impl<'a> Stage<'a> {
 
     /// The buckets in which gradients are reduced over the replicas.
     fn buckets(&self) -> Buckets {
-        let (params, size) = (self.params(), self.accumulator().size());
+        let (params, size) = (self.params(), ACCUMULATOR.size());
         let lengths: Vec<_> = params.iter().flat_map(|params| params.lengths.clone()).collect();
         let (places, filled) = assign_buckets(&lengths, BUCKET / size);
         let mut members = vec![0; filled.len()];
@@ -244,11 +214,11 @@ impl<'a> Stage<'a> {
         if self.dry.tied > 0 && pipeline > 1 && is_end {
             let reduce = |dtype, elements| Transfer { op: Op::AllReduce, dtype, elements };
             traffic.ends.insert(reduce(DType::F64, 1), 1);
-            traffic.ends.insert(reduce(self.accumulator(), self.dry.tied), 1);
+            traffic.ends.insert(reduce(ACCUMULATOR, self.dry.tied), 1);
         }
         if data > 1 {
             for elements in self.buckets().elements {
-                let reduce = Transfer { op: Op::AllReduce, dtype: self.accumulator(), elements };
+                let reduce = Transfer { op: Op::AllReduce, dtype: ACCUMULATOR, elements };
                 *traffic.data.entry(reduce).or_default() += 1;
             }
         }
@@ -299,9 +269,9 @@ impl<'a> Stage<'a> {
         if data == 1 {
             return Vec::new();
         }
-        let dtype = self.accumulator();
         let reduce = |elements| {
-            machine.seconds(&Transfer { op: Op::AllReduce, dtype, elements }, data, pipeline * tensor)
+            let transfer = Transfer { op: Op::AllReduce, dtype: ACCUMULATOR, elements };
+            machine.seconds(&transfer, data, pipeline * tensor)
         };
         self.buckets().elements.into_iter().map(reduce).collect()
     }

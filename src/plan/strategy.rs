@@ -1,8 +1,18 @@
 //! How a model is divided over ranks, as values that the constructors of the library take.
 
-use crate::{error::Result, shard::Mesh, train::Schedule};
+use crate::{
+    error::{Error, Result},
+    shard::Mesh,
+    train::Schedule,
+};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+
+const OP: &str = "plan";
+
+/// The largest number of passes of a step in one direction. Making a schedule allocates all of
+/// them.
+const MAX_PASSES: usize = 1 << 22;
 
 /// How a job is divided over ranks: what a program passes to the constructors of meshes, schedules
 /// and models.
@@ -71,6 +81,29 @@ impl Strategy {
     /// The number of ranks.
     pub fn ranks(&self) -> usize {
         self.data.saturating_mul(self.pipeline).saturating_mul(self.tensor)
+    }
+
+    /// Checks that the strategy can be run.
+    ///
+    /// # Errors
+    /// When a size is 0, the mesh or the schedule is not valid, or a step has more than 2²² passes
+    /// in a direction.
+    pub fn check(&self) -> Result<()> {
+        self.mesh()?;
+        let Self { pipeline, chunks, microbatches, sequences, .. } = *self;
+        for (what, size) in [("chunks", chunks), ("microbatches", microbatches), ("sequences", sequences)] {
+            if size == 0 {
+                return Err(Error::invalid(OP, format!("`{what}` is 0, but has to be at least 1")));
+            }
+        }
+        let passes = self.stages().saturating_mul(microbatches);
+        if passes > MAX_PASSES {
+            let reason = format!(
+                "{pipeline} pipeline ranks, {chunks} chunks and {microbatches} microbatches are more than {MAX_PASSES} passes"
+            );
+            return Err(Error::invalid(OP, reason));
+        }
+        self.schedule().map(drop)
     }
 
     /// The number of stages of the pipeline.
