@@ -202,7 +202,7 @@ fn peaks_of_a_larger_model_are_within_2_percent() {
     let attention = AttentionConfig::new(256, 8).with_choices(AttentionChoices::CAUSAL);
     let norm = NormKind::RmsNorm { eps: 1e-5 };
     let block = BlockConfig::new(attention, 500, Activation::Silu, norm).with_gate(true);
-    let config = DecoderConfig::new(211, block, 10);
+    let config = DecoderConfig::new(211, block, 16);
     let mesh = |pipeline, tensor| Strategy::new(1, pipeline, tensor, 2).with_microbatches(2);
     for strategy in [mesh(1, 1), mesh(1, 2), mesh(2, 1), mesh(1, 3).with_sequence_parallel(true)] {
         for (plan, peak) in compare("large", DType::F32, &config, &strategy) {
