@@ -1,4 +1,23 @@
 //! Planning: which strategy fits a model and a machine, and how fast it is.
+//!
+//! seconds = pipeline + max(0, reduction − last backward) + update
+//!
+//! bytes = weights + gradients + optimizer + activations + transients + cache
+//!
+//! `pipeline` is the end of a [`Timeline`], `reduction` that of gradients over replicas, `update`
+//! the gradient norm and AdamW. Bytes, operations and transfers are those of the library's own
+//! layers, run without data on [`Meta`](crate::device::Meta) (`dry`). Only seconds are a model:
+//! [`Machine::kernel`] and [`Machine::seconds`]. The page `docs/planning.md` says what is assumed.
+//!
+//! | item | purpose |
+//! |---|---|
+//! | [`plan()`], [`plan_within`] | the best plans of a [`Job`] on a [`Machine`], within [`Limits`] |
+//! | [`Plans`], [`Plan`] | the results; a plan is read from a file by [`Plan::read`] |
+//! | [`Strategy`] | the mesh, schedule and options that constructors take |
+//! | [`Preview`] | what one rank of a strategy holds, computes and moves |
+//! | [`Machine`] | rates of kernels and links: a preset, or a file |
+//! | [`Timeline`] | the passes and exchanges of a pipeline |
+//! | [`megatron`] | closed forms for models that Megatron-LM trains |
 
 mod dry;
 mod job;
