@@ -44,8 +44,11 @@
 //! | [`trace`] | the flight recorder: the last operations of each rank | element types and errors |
 //! | [`weights`] | Hugging Face checkpoints; each rank reads only its shards | tensors |
 //! | [`prelude`] | the names that most programs use | all |
-//! | [`plan`] | which strategy fits a model and a machine, and how fast it is | models |
 //! | [`models`] | Llama, Mistral, Qwen, GPT-2 and BERT from checkpoints | layers and checkpoints |
+#![cfg_attr(
+    feature = "plan",
+    doc = "| [`plan`](mod@plan) | which strategy fits a model and a machine, and how fast it is | models |"
+)]
 #![cfg_attr(
     feature = "reference",
     doc = "| [`reference`](mod@reference) | the single-device reference, in ndarray and f64 | nothing |"
@@ -61,6 +64,7 @@
 //! | `reference` | yes | the single-device reference |
 //! | `cuda` | no | tensors on NVIDIA GPUs; the libraries are loaded at run time |
 //! | `cli` | no | the program `shardwise`: starts ranks, reads their records, plans models |
+//! | `plan` | no | the planner, which `cli` has too |
 //! | `mpi` | no | groups of processes over an MPI library, which has to be installed |
 //! | `nccl` | no | groups of GPUs over NCCL |
 
@@ -75,6 +79,7 @@ pub mod models;
 pub mod ops;
 pub mod optim;
 pub mod parallel;
+#[cfg(feature = "plan")]
 pub mod plan;
 pub mod prelude;
 #[cfg(feature = "reference")]

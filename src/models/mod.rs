@@ -35,6 +35,7 @@ mod decoder;
 mod unread;
 
 pub use bert::{Bert, BertSaved};
+#[cfg(feature = "plan")]
 pub(crate) use config::text as config_text;
 pub use config::{BertConfig, DecoderConfig, DecoderNames, LayerChoices, ModelConfig};
 pub use decoder::{Decoder, DecoderEnds, DecoderSaved, Tokens};

@@ -16,7 +16,9 @@ mod pipeline;
 mod sampler;
 mod schedule;
 
+#[cfg(feature = "plan")]
 pub(crate) use buckets::assign as assign_buckets;
+#[cfg(feature = "plan")]
 pub(crate) use data_parallel::BUCKET;
 pub use data_parallel::{DataParallel, GradReduce};
 pub use drift::check_replicas;

@@ -25,8 +25,6 @@ mod overlap;
 mod own_layers;
 mod params;
 mod plan;
-mod planner;
-mod published;
 mod rows;
 mod safety;
 mod saving;

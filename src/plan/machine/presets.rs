@@ -38,7 +38,7 @@ impl Machine {
 /// Calculon's system files (Isaev et al., SC 2023). Calculon's .95, .9 and .6 for products are of
 /// a time to which it adds that of their bytes. A kernel here takes the longer of the two, so its
 /// efficiencies are lower: .8 is the mean of the fits to vTrain's measured steps in
-/// `tests/suite/published.rs`, and the others have Calculon's ratios to it. `fits` and `tight` are
+/// `tests/plan/published.rs`, and the others have Calculon's ratios to it. `fits` and `tight` are
 /// calibrated to runs of Llama models of 13B to 65B (Hagemann et al., 2023, arXiv 2311.05610).
 fn a100_80g() -> Machine {
     let products = [(0.0, 0.1), (1e9, 0.4), (16e9, 0.7), (128e9, 0.8)];

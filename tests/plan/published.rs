@@ -222,7 +222,8 @@ fn steps_are_within_10_percent_of_table_1_from_7_billion_parameters_on() {
 /// The measured runs of vTrain (Bang et al., MICRO 2024): GPTs on 64 to 512 A100, trained by
 /// Megatron-DeepSpeed with full recomputation.
 fn vtrain() -> Vec<Row> {
-    let path = shardwise_tests::root().join("tests/data/vtrain/ground_truth_multi.csv");
+    let path =
+        std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/vtrain/ground_truth_multi.csv");
     let text = fs::read_to_string(path).unwrap();
     let rows: Vec<_> = text.lines().skip(1).map(vtrain_row).collect();
     assert_eq!(rows.len(), 109);
