@@ -69,24 +69,29 @@ pub(super) fn search(
     candidates.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     let mut best: Vec<Plan> = Vec::new();
     for Candidate { strategy, seconds } in candidates {
-        // No later candidate is faster than the last of the best.
-        let fits = best.iter().filter(|plan| plan.verdict == Verdict::Fits).nth(BEST - 1);
-        if fits.is_some_and(|last| last.seconds <= seconds) {
-            break;
-        }
+        let fits = |plan: &&Plan| plan.verdict == Verdict::Fits;
         let same_mesh = |plan: &Plan| plan.strategy.is_same_mesh(&strategy);
-        if best.iter().any(|plan| same_mesh(plan) && plan.verdict == Verdict::Fits && plan.seconds <= seconds)
-        {
+        // Whether a step of at least so many seconds is not listed.
+        let too_slow = |best: &[Plan], seconds: f64| {
+            let mesh = best.iter().filter(fits).find(|plan| same_mesh(plan));
+            let last = best.iter().filter(fits).nth(BEST - 1);
+            [mesh, last].into_iter().flatten().any(|plan| plan.seconds <= seconds)
+        };
+        if too_slow(&best, seconds) {
             continue;
         }
-        let plan = search.evaluate(strategy)?;
-        if plan.verdict == Verdict::OutOfMemory {
-            let most = plan.ranks.iter().map(|rank| rank.memory.total()).max().unwrap_or(0);
-            refusals.out_of_memory(most, &plan.strategy);
+        let (strategy, memory, verdict) = search.fit(strategy)?;
+        if verdict == Verdict::OutOfMemory {
+            let most = memory.iter().map(Memory::total).max().unwrap_or(0);
+            refusals.out_of_memory(most, &strategy);
             continue;
         }
-        best.push(plan);
-        best.sort_by(|a, b| a.order(b));
+        let group = search.group(&strategy)?;
+        if too_slow(&best, search.least_seconds(&group, &strategy)) {
+            continue;
+        }
+        best.push(search.plan(&group, strategy, memory, verdict)?);
+        best.sort_by(Plan::order);
         // Of the plans with the same mesh, only the best is listed.
         if let Some(at) = best.iter().rposition(same_mesh)
             && best.iter().filter(|plan| same_mesh(plan)).count() > 1
@@ -194,9 +199,9 @@ impl Search<'_> {
         group.iter().map(seconds).fold(0.0, f64::max)
     }
 
-    /// Plans a strategy in full: the smallest number of recomputed blocks with which it fits, its
-    /// memory, and its step.
-    fn evaluate(&mut self, strategy: Strategy) -> Result<Plan> {
+    /// Finds the smallest number of recomputed blocks with which a strategy fits, and the memory of
+    /// each pipeline rank.
+    fn fit(&mut self, strategy: Strategy) -> Result<(Strategy, Vec<Memory>, Verdict)> {
         let group = self.group(&strategy)?;
         let layers = self.kinds.len();
         let planned = |recomputed| {
@@ -229,8 +234,7 @@ impl Search<'_> {
             }
             break;
         }
-        let (strategy, memory, verdict) = plan;
-        self.plan(&group, strategy, memory, verdict)
+        Ok(plan)
     }
 
     /// The memory of each pipeline rank: of its fullest tensor-parallel rank.
