@@ -11,7 +11,8 @@
 //!
 //! | item | purpose |
 //! |---|---|
-//! | [`plan()`], [`plan_within`] | the best plans of a [`Job`] on a [`Machine`], within [`Limits`] |
+//! | [`plan()`], [`plan_within`] | the best plans of a [`Job`] on a [`Machine`] |
+//! | [`Limits`] | values that a strategy has to have |
 //! | [`Plans`], [`Plan`] | the results; a plan is read from a file by [`Plan::read`] |
 //! | [`Strategy`] | the mesh, schedule and options that constructors take |
 //! | [`Preview`] | what one rank of a strategy holds, computes and moves |
