@@ -5,10 +5,10 @@ use crate::{
     device::{DType, Device, Element, Meta},
     error::{Error, Result},
     models::{Decoder, DecoderConfig},
-    parallel::Sampler,
+    parallel::{DTensor, Sampler},
     plan::Machine,
-    shard::Replicated,
-    tensor::Random,
+    shard::{Partition, Replicated},
+    tensor::{Random, Tensor},
 };
 
 /// Generation on one tensor-parallel rank.
@@ -84,8 +84,12 @@ impl Serving {
         let prompt = vec![0; context - 1];
         let step = |cache: &mut _, ids: &[u32], slots: &[usize], counts: &[usize]| {
             let (_, part) = probe.run(|| {
-                let logits = model.step(ids, slots, counts, cache)?;
-                sampler.sample(&logits, &vec![0; slots.len()])
+                let _logits = model.step(ids, slots, counts, cache)?;
+                // Samples from one token a rank. The sampler runs on the host, and its transfers
+                // depend on the number of rows only.
+                let tokens = Tensor::<T, _>::zeros(&probe.device, [slots.len(), 1])?;
+                let tokens = DTensor::shard(&probe.group, tokens, &Partition::even(ranks, ranks))?;
+                sampler.sample::<T, Meta>(&tokens, &vec![0; slots.len()])
             })?;
             Ok::<_, Error>(part)
         };
