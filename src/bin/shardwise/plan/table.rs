@@ -140,7 +140,7 @@ pub(super) fn text(report: &Report) -> String {
     if let Some(why) = report.why() {
         lines.extend(wrapped(&format!("Why 1 over 2: {why}")));
     }
-    let refused: usize = report.refused.iter().map(|refusal| refusal.count).sum();
+    let refused = report.refused.iter().map(|refusal| refusal.count).fold(0, usize::saturating_add);
     lines.extend(wrapped(&format!("Strategies: {} considered, {refused} refused.", report.considered)));
     for refusal in &report.refused {
         lines.extend(wrapped(&format!("{:>6} {}", refusal.count, refusal.reason)));
