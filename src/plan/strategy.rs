@@ -12,7 +12,7 @@ const OP: &str = "plan";
 
 /// The largest number of passes of a step in one direction. Making a schedule allocates all of
 /// them.
-const MAX_PASSES: usize = 1 << 22;
+pub(super) const MAX_PASSES: usize = 1 << 22;
 
 /// How a job is divided over ranks: what a program passes to the constructors of meshes, schedules
 /// and models.
@@ -96,14 +96,18 @@ impl Strategy {
                 return Err(Error::invalid(OP, format!("`{what}` is 0, but has to be at least 1")));
             }
         }
-        let passes = self.stages().saturating_mul(microbatches);
-        if passes > MAX_PASSES {
+        if self.passes() > MAX_PASSES {
             let reason = format!(
                 "{pipeline} pipeline ranks, {chunks} chunks and {microbatches} microbatches are more than {MAX_PASSES} passes"
             );
             return Err(Error::invalid(OP, reason));
         }
         self.schedule().map(drop)
+    }
+
+    /// The number of passes of a step in one direction, over all pipeline ranks.
+    pub(super) fn passes(&self) -> usize {
+        self.stages().saturating_mul(self.microbatches)
     }
 
     /// The number of stages of the pipeline.

@@ -129,6 +129,8 @@ fn serving_holds_the_cache_and_reads_every_weight() {
         assert_eq!(plan.ranks[0].memory.cache, cache as u64, "{}", plan.strategy);
         assert!(plan.prefill.unwrap() > plan.seconds);
     }
+    // Generation has no pipelines, so their sizes are not refused.
+    assert!(plans.refused.iter().all(|refusal| !refusal.reason.contains("pipeline")), "{:?}", plans.refused);
     let one = plans.best.iter().find(|plan| plan.strategy.tensor == 1).unwrap();
     let attention = 128 * 128 * 2 + 2 * 128 * 32;
     let elements = 2 * 211 * 128 + 5 * (attention + 3 * 128 * 350 + 2 * 128) + 128;
@@ -162,6 +164,20 @@ fn bad_jobs_are_refused_with_what_would_work() {
     );
     let empty = Job::train(config.clone(), dtype, 0, TOKENS);
     assert_eq!(text(&empty, &machine(1), &limits), "plan: a step of 0 sequences of 48 tokens");
+    for (job, words) in [
+        (Job::train(config.clone(), dtype, 1 << 40, TOKENS), "1099511627776 sequences; at most 1048576"),
+        (Job::train(config.clone(), dtype, 8, 1 << 40), "1099511627776 tokens; at most 4194304"),
+        (Job::serve(config.clone(), dtype, 20000, TOKENS), "20000 sequences; at most 16384"),
+        (Job::serve(config.clone(), dtype, 8, 1 << 40), "1099511627776 tokens; at most 4194304"),
+    ] {
+        let got = text(&job, &machine(1), &limits);
+        assert!(got.contains(words), "{got}");
+    }
+    let mut endless = machine(2);
+    endless.launch = 1e308;
+    let serve = Job::serve(config.clone(), dtype, 8, TOKENS);
+    let got = text(&serve, &endless, &limits);
+    assert!(got.contains("a prefill takes inf seconds"), "{got}");
     let mut slow = machine(2);
     slow.network.bandwidth = -1.0;
     assert_eq!(text(&job, &slow, &limits), "machine: `network.bandwidth` is -1, but has to be positive");

@@ -13,6 +13,13 @@ const OP: &str = "plan";
 /// The number of plans that are returned.
 const BEST: usize = 10;
 
+/// The most tokens of a sequence. A dry run makes lists of their ids and positions.
+const MOST_TOKENS: usize = 1 << 22;
+/// The most sequences of a training step. The timeline has spans for each microbatch.
+const MOST_TRAINED: usize = 1 << 20;
+/// The most sequences of generation. A dry run makes a cache slot for each.
+const MOST_SERVED: usize = 1 << 14;
+
 /// Finds the best plans of a job on a machine.
 ///
 /// ```
@@ -43,10 +50,11 @@ pub fn plan(job: &Job, machine: &Machine) -> Result<Plans> {
 ///
 /// # Errors
 /// When a number of the machine is not valid ([`Machine::check`]), the job has no sequences or
-/// tokens or more tokens than the model has positions, a limit cannot be kept (the error says what
-/// would work), the machine has no rate for the element type, or the model cannot be loaded.
-/// [`Error::Unsupported`] for f64. It is not an error if nothing fits: then [`Plans::best`] is
-/// empty.
+/// tokens, more than 2²⁰ sequences (2¹⁴ for serving), or sequences of more than 2²² tokens or than
+/// the model has positions, a limit cannot be kept (the error says what would work), the machine
+/// has no rate for the element type, or rates with which a time is not finite, or the model cannot
+/// be loaded. [`Error::Unsupported`] for f64. It is not an error if nothing fits: then
+/// [`Plans::best`] is empty.
 pub fn plan_within(job: &Job, machine: &Machine, limits: &Limits) -> Result<Plans> {
     machine.check()?;
     check(job, machine, limits)?;
@@ -58,12 +66,17 @@ pub fn plan_within(job: &Job, machine: &Machine, limits: &Limits) -> Result<Plan
 
 /// Checks the sizes of a job, and that the limits can be kept.
 fn check(job: &Job, machine: &Machine, limits: &Limits) -> Result<()> {
-    let (batch, tokens) = match job.goal {
-        Goal::Train { batch, tokens } => (batch, tokens),
-        Goal::Serve { batch, context } => (batch, context),
+    let (batch, tokens, most_sequences) = match job.goal {
+        Goal::Train { batch, tokens } => (batch, tokens, MOST_TRAINED),
+        Goal::Serve { batch, context } => (batch, context, MOST_SERVED),
     };
     if batch == 0 || tokens == 0 {
         return Err(Error::invalid(OP, format!("a step of {batch} sequences of {tokens} tokens")));
+    }
+    for (what, size, most) in [("tokens", tokens, MOST_TOKENS), ("sequences", batch, most_sequences)] {
+        if size > most {
+            return Err(Error::invalid(OP, format!("a step with {size} {what}; at most {most} are planned")));
+        }
     }
     if let Some(positions) = job.model.positions.filter(|&positions| positions < tokens) {
         let reason = format!(
@@ -106,7 +119,9 @@ fn impossible(job: &Job, machine: &Machine, batch: usize) -> Refusals {
     let mut refusals = Refusals::default();
     let heads = job.model.block.attention.heads;
     refusals.beyond("tensor", machine.ranks, heads, "number of query heads is");
-    refusals.beyond("pipeline", machine.ranks, job.model.layers.len(), "number of blocks is");
+    if matches!(job.goal, Goal::Train { .. }) {
+        refusals.beyond("pipeline", machine.ranks, job.model.layers.len(), "number of blocks is");
+    }
     refusals.beyond("data", machine.ranks, batch, "number of sequences is");
     refusals
 }

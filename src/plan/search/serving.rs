@@ -69,6 +69,14 @@ fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, con
         return Err(Error::internal(OP, "a tensor-parallel group without ranks"));
     };
     let decode = slowest.decode.time;
+    let prefill = ranks.iter().map(|serving| serving.prefill.time.total()).fold(0.0, f64::max);
+    if !(prefill + decode.total()).is_finite() {
+        let reason = format!(
+            "a prefill takes {prefill} seconds, and a token {}: check the machine's rates",
+            decode.total()
+        );
+        return Err(Error::invalid(OP, reason));
+    }
     let sent =
         slowest.decode.transfers.iter().map(|(transfer, count)| transfer.wire_bytes(tensor) as u64 * count);
     // The shards of a group differ, but their operations add up to those of the model.
@@ -79,7 +87,7 @@ fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, con
         seconds: decode.total(),
         error: machine.error,
         tokens_per_second: batch as f64 / decode.total(),
-        prefill: Some(slowest.prefill.time.total()),
+        prefill: Some(prefill),
         bubble: 0.0,
         exposed: Exposed { tensor: decode.transfers, ..Exposed::default() },
         exchange: 0.0,

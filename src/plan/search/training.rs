@@ -8,6 +8,7 @@ use crate::{
         dry::{self, Training},
         preview,
         stage::Stage,
+        strategy::MAX_PASSES,
         timeline,
     },
     train::Pass,
@@ -124,7 +125,9 @@ impl Search<'_> {
                                 .with_chunks(chunks)
                                 .with_sequence_parallel(sp)
                         };
-                        let can = |strategy: &Strategy| interleaves(layers, strategy);
+                        let can = |strategy: &Strategy| {
+                            interleaves(layers, strategy) && strategy.passes() <= MAX_PASSES
+                        };
                         all.push(sizes.iter().map(of).filter(can).collect());
                     }
                 }
