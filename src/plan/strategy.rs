@@ -141,7 +141,8 @@ impl Strategy {
     }
 }
 
-/// Such as `dp 2, tp 4, pp 1, 8 x 2 sequences, sp, 3 blocks recomputed`.
+/// Such as `dp 2, tp 4, pp 1, 8 microbatches of 2, sp, 3 blocks recomputed`. Microbatches are
+/// counted in sequences.
 impl fmt::Display for Strategy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { data, pipeline, tensor, chunks, microbatches, sequences, recomputed, sequence_parallel } =
@@ -150,7 +151,7 @@ impl fmt::Display for Strategy {
         if chunks > 1 {
             write!(f, " x {chunks} stages")?;
         }
-        write!(f, ", {microbatches} x {sequences} sequences")?;
+        write!(f, ", {microbatches} microbatches of {sequences}")?;
         f.write_str(if sequence_parallel { ", sp" } else { "" })?;
         if recomputed > 0 {
             write!(f, ", {recomputed} blocks recomputed")?;

@@ -55,7 +55,9 @@ fn the_best_plan_is_the_best_of_all_strategies() {
                         .with_tensor(tensor)
                         .with_sequences(sequences)
                         .with_sequence_parallel(sp);
-                    all.extend(plan_within(&job, &machine, &limits).unwrap().best);
+                    // Some microbatches are larger than a replica's batch.
+                    let plans = plan_within(&job, &machine, &limits);
+                    all.extend(plans.map(|plans| plans.best).unwrap_or_default());
                 }
             }
         }
@@ -162,6 +164,19 @@ fn bad_jobs_are_refused_with_what_would_work() {
         refused(limits.with_tensor(8).with_data(4)),
         "plan: the limits need 32 ranks, but the machine has 16"
     );
+    assert_eq!(
+        refused(limits.with_data(1).with_sequences(5)),
+        "plan: no strategy keeps the limits: 8 sequences cannot be divided over these replicas and microbatches"
+    );
+    let serve = Job::serve(config.clone(), dtype, 8, TOKENS);
+    for (limits, what) in [
+        (limits.with_pipeline(2), "a pipeline"),
+        (limits.with_sequences(2), "microbatches"),
+        (limits.with_sequence_parallel(true), "sequence parallelism"),
+    ] {
+        let words = format!("plan: not supported: generation with {what}: use data and tensor parallelism");
+        assert_eq!(text(&serve, &machine(4), &limits), words);
+    }
     let empty = Job::train(config.clone(), dtype, 0, TOKENS);
     assert_eq!(text(&empty, &machine(1), &limits), "plan: a step of 0 sequences of 48 tokens");
     for (job, words) in [

@@ -100,8 +100,13 @@ fn check(job: &Job, machine: &Machine, limits: &Limits) -> Result<()> {
             return Err(Error::invalid(OP, reason));
         }
     }
-    if serves && limits.pipeline.is_some_and(|pipeline| pipeline > 1) {
-        let reason = "generation over a pipeline: use data and tensor parallelism".into();
+    let training = [
+        (limits.pipeline.is_some_and(|pipeline| pipeline > 1), "a pipeline"),
+        (limits.sequences.is_some(), "microbatches"),
+        (limits.sequence_parallel == Some(true), "sequence parallelism"),
+    ];
+    if let Some((_, what)) = training.into_iter().find(|(limited, _)| serves && *limited) {
+        let reason = format!("generation with {what}: use data and tensor parallelism");
         return Err(Error::Unsupported { op: OP, reason });
     }
     let ranks = [limits.data, limits.pipeline, limits.tensor].map(|limit| limit.unwrap_or(1));

@@ -36,7 +36,7 @@ impl Refusals {
         if let Some((bytes, strategy)) = self.nearest {
             let (needed, limit) = (text::bytes(bytes), text::bytes(limit));
             let reason = format!(
-                "out of memory: {strategy}, which needs the least, holds {needed}, but a plan may hold {limit}"
+                "out of memory: {strategy}, which needs the least, holds at least {needed}, but a plan may hold {limit}"
             );
             all.push(Refusal { count: self.out_of_memory, reason });
         }

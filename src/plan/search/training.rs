@@ -67,6 +67,12 @@ pub(super) fn search(
             candidates.push(Candidate { strategy, seconds });
         }
     }
+    if considered == 0 {
+        let reason = format!(
+            "no strategy keeps the limits: {batch} sequences cannot be divided over these replicas and microbatches"
+        );
+        return Err(Error::invalid(OP, reason));
+    }
     candidates.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     let mut best: Vec<Plan> = Vec::new();
     for Candidate { strategy, seconds } in candidates {
@@ -346,7 +352,7 @@ fn microbatches(batch: usize, tokens: usize, data: usize, limits: &Limits) -> Ve
     let own = batch.div_ceil(data);
     let double = |&size: &usize| (size < own && size * tokens < ENOUGH_TOKENS).then_some(2 * size);
     let sizes = std::iter::successors(Some(1), double);
-    let sizes = limits.sequences.map_or_else(|| sizes.collect(), |sequences| vec![sequences.min(own)]);
+    let sizes = limits.sequences.map_or_else(|| sizes.collect(), |sequences| vec![sequences]);
     let mut all: Vec<_> = sizes
         .into_iter()
         .map(|size| {
@@ -355,6 +361,8 @@ fn microbatches(batch: usize, tokens: usize, data: usize, limits: &Limits) -> Ve
         })
         .collect();
     all.dedup();
+    // Microbatches may have become smaller, so that all have about the same size.
+    all.retain(|(size, _)| limits.sequences.is_none_or(|limit| *size == limit));
     all
 }
 

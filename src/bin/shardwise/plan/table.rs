@@ -140,8 +140,7 @@ pub(super) fn text(report: &Report) -> String {
     if let Some(why) = report.why() {
         lines.extend(wrapped(&format!("Why 1 over 2: {why}")));
     }
-    let refused = report.refused.iter().map(|refusal| refusal.count).fold(0, usize::saturating_add);
-    lines.extend(wrapped(&format!("Strategies: {} considered, {refused} refused.", report.considered)));
+    lines.push(format!("{} strategies were considered. Refused:", report.considered));
     for refusal in &report.refused {
         lines.extend(wrapped(&format!("{:>6} {}", refusal.count, refusal.reason)));
     }
@@ -224,7 +223,7 @@ mod tests {
         );
         assert!(text.contains("Why 1 over 2: It takes 2.00s for a step instead of 2.50s."));
         assert!(
-            text.contains("Strategies: 40 considered, 38 refused.\n    30 <memory> & more\n     8 none\n")
+            text.contains("40 strategies were considered. Refused:\n    30 <memory> & more\n     8 none\n")
         );
     }
 
@@ -262,6 +261,6 @@ mod tests {
         let mut report = report("model");
         report.best.clear();
         let text = text(&report);
-        assert!(text.contains("No plan fits") && !text.contains("tok/s") && text.contains("38 refused"));
+        assert!(text.contains("No plan fits") && !text.contains("tok/s") && text.contains("40 strategies"));
     }
 }
