@@ -102,7 +102,7 @@ impl Meta {
     pub(crate) fn record_elementwise<T: Element>(&self, matrix: u128, others: &[u128]) {
         if matrix > 0 {
             let bytes = others.iter().fold(matrix, |sum, bytes| sum.saturating_add(*bytes));
-            self.record(WorkKind::Elementwise, T::DTYPE, 0, bytes);
+            self.record(WorkKind::Other, T::DTYPE, 0, bytes);
         }
     }
 }
@@ -314,7 +314,7 @@ mod tests {
         x.convert::<f64>().unwrap();
         Tensor::<f32, _>::zeros(&device, [7, 0]).unwrap();
         x.to_vec().unwrap();
-        let copy = |bytes| Work { kind: WorkKind::Elementwise, dtype: DType::F32, flops: 0, bytes };
+        let copy = |bytes| Work { kind: WorkKind::Other, dtype: DType::F32, flops: 0, bytes };
         assert_eq!(device.take_work(), [(copy(6000), 3), (copy(12_000), 1)]);
         assert_eq!(device.take_work(), []);
     }

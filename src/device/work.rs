@@ -29,7 +29,7 @@ pub enum WorkKind {
     /// Attention.
     Attention,
     /// Any other kernel: element-wise, normalization, softmax, loss, gather, optimizer.
-    Elementwise,
+    Other,
 }
 
 #[cfg(test)]
@@ -100,8 +100,8 @@ mod tests {
             device.linear(x.mat(), w.mat(), Epilogue { bias: Some(bias.slice()), activation }, y.mat_mut()?)
         });
         let product = (Product, F32, 2 * 5 * 7 * 11, 4 * (35 + 77 + 55), 1);
-        let added = (Elementwise, F32, 0, 4 * (2 * 55 + 11), 1);
-        let activated = (Elementwise, F32, 0, 4 * 2 * 55, 1);
+        let added = (Other, F32, 0, 4 * (2 * 55 + 11), 1);
+        let activated = (Other, F32, 0, 4 * 2 * 55, 1);
         assert_eq!(got, [product, activated, added]);
     }
 
@@ -119,7 +119,7 @@ mod tests {
         };
         // x and y, then γ and β, then the statistics.
         let bytes = 2 * (2 * 10 * 64) + 2 * (2 * 64) + 4 * (10 * 2);
-        assert_eq!(norm(10), [(Elementwise, BF16, 0, bytes, 1)]);
+        assert_eq!(norm(10), [(Other, BF16, 0, bytes, 1)]);
         assert_eq!(norm(0), []);
     }
 
@@ -154,7 +154,7 @@ mod tests {
         let got = log(&device, || {
             device.append_cached(&spec, &cache, k.mat(), k.mat(), keys.mat_mut()?, values.mat_mut()?)
         });
-        assert_eq!(got, [(Elementwise, BF16, 0, 2 * (2 * 40 + 2 * 40), 1)]);
+        assert_eq!(got, [(Other, BF16, 0, 2 * (2 * 40 + 2 * 40), 1)]);
         let got = log(&device, || {
             device.attention_cached(&spec, &cache, q.mat(), keys.mat(), values.mat(), out.mat_mut()?)
         });
@@ -170,10 +170,10 @@ mod tests {
         let (table, ids) = (of::<bf16>(&device, 1000, 64), [1, 999, NO_ROW, 1]);
         let (mut y, mut dtable) = (of::<bf16>(&device, 4, 64), of::<f32>(&device, 1000, 64));
         let got = log(&device, || device.gather(table.mat(), &ids, y.mat_mut()?));
-        assert_eq!(got, [(Elementwise, BF16, 0, 2 * 2 * 4 * 64, 1)]);
+        assert_eq!(got, [(Other, BF16, 0, 2 * 2 * 4 * 64, 1)]);
         // dy is read, and rows of the gradient are read and written.
         let got = log(&device, || device.scatter_add::<bf16>(&ids, y.mat(), dtable.mat_mut()?));
-        assert_eq!(got, [(Elementwise, BF16, 0, 2 * 4 * 64 + 2 * 4 * 4 * 64, 1)]);
+        assert_eq!(got, [(Other, BF16, 0, 2 * 4 * 64 + 2 * 4 * 4 * 64, 1)]);
     }
 
     #[test]
@@ -199,8 +199,8 @@ mod tests {
         };
         // The gradient is read, the weight is written, master and moments are read and written.
         let bytes = 100 * (4 + 2 + 3 * 2 * 4);
-        assert_eq!(adamw(Some(&mut master)), [(Elementwise, BF16, 0, bytes, 1)]);
+        assert_eq!(adamw(Some(&mut master)), [(Other, BF16, 0, bytes, 1)]);
         let bytes = 100 * (4 + 2 * 2 + 2 * 2 * 4);
-        assert_eq!(adamw(None), [(Elementwise, BF16, 0, bytes, 1)]);
+        assert_eq!(adamw(None), [(Other, BF16, 0, bytes, 1)]);
     }
 }

@@ -174,7 +174,7 @@ impl Machine {
         let rates = match work.kind {
             WorkKind::Product => Some(("products", &self.products)),
             WorkKind::Attention => Some(("attention", &self.attention)),
-            WorkKind::Elementwise => None,
+            WorkKind::Other => None,
         };
         let computing = match rates {
             None => 0.0,

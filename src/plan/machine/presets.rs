@@ -215,7 +215,7 @@ mod tests {
         };
         near("a product", product(4096, 8192, 28672), 2601.3e-6);
         near("a product", product(4096, 8192, 3584), 364.0e-6);
-        let elements = |count: u64, bytes| kernel(WorkKind::Elementwise, DType::BF16, 0, count * bytes);
+        let elements = |count: u64, bytes| kernel(WorkKind::Other, DType::BF16, 0, count * bytes);
         near("a copy of 1 GiB", elements(1 << 30, 2), 516.6e-6);
         near("a copy", elements(8192 * 8192, 4), 71.2e-6);
         near("a gate", elements(8192 * 8192, 6), 110.6e-6);

@@ -123,9 +123,8 @@ impl On<'_> {
 
     /// Kernels that read or write a number of tensors of so many elements.
     fn passes(&self, kernels: &[(f64, f64)]) -> Result<f64> {
-        let seconds = |(tensors, elements): &(f64, f64)| {
-            self.kernel(WorkKind::Elementwise, 0.0, 2.0 * tensors * elements)
-        };
+        let seconds =
+            |(tensors, elements): &(f64, f64)| self.kernel(WorkKind::Other, 0.0, 2.0 * tensors * elements);
         kernels.iter().map(seconds).sum()
     }
 
