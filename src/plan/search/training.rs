@@ -73,7 +73,10 @@ pub(super) fn search(
         );
         return Err(Error::invalid(OP, reason));
     }
-    candidates.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    // Interleaved schedules come last, because their bounds are far below their times. The best
+    // plans without them exclude many.
+    let interleaves = |candidate: &Candidate| candidate.strategy.chunks > 1;
+    candidates.sort_by(|a, b| interleaves(a).cmp(&interleaves(b)).then(a.seconds.total_cmp(&b.seconds)));
     let mut best: Vec<Plan> = Vec::new();
     for Candidate { strategy, seconds } in candidates {
         let fits = |plan: &&Plan| plan.verdict == Verdict::Fits;
