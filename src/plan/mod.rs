@@ -32,7 +32,7 @@ mod saved;
 mod search;
 mod stage;
 mod strategy;
-mod text;
+pub mod text;
 mod timeline;
 mod traffic;
 

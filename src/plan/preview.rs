@@ -66,10 +66,7 @@ pub(super) fn training(job: &Job, strategy: &Strategy, rank: usize, tokens: usiz
         (DType::F32, true) => Training::run::<Shard<0>, f32>,
         (DType::BF16 | DType::F16, false) => Training::run::<Replicated, bf16>,
         (DType::BF16 | DType::F16, true) => Training::run::<Shard<0>, bf16>,
-        (DType::F64, _) => {
-            let reason = "plans are for f32, bf16 and f16, not for f64".into();
-            return Err(Error::Unsupported { op: "plan", reason });
-        }
+        (DType::F64, _) => return Err(dry::no_f64()),
     };
     run(&job.model, (rank, tensor), (sequences, tokens), job.dtype, together)
 }

@@ -155,10 +155,8 @@ impl<'a> Stage<'a> {
                 walk.apply(&step);
             }
         }
-        if self.strategy.data > 1 {
-            walk.transient(buckets.largest_param as i64);
-            walk.buckets = 0;
-        }
+        walk.transient(buckets.largest_param as i64);
+        walk.buckets = 0;
         let params = self.params();
         for peak in params.iter().flat_map(|params| [params.norm.peak, params.step.peak]) {
             walk.transient(peak);
@@ -168,6 +166,9 @@ impl<'a> Stage<'a> {
 
     /// The buckets in which gradients are reduced over the replicas.
     fn buckets(&self) -> Buckets {
+        if self.strategy.data == 1 {
+            return Buckets::default();
+        }
         let (params, size) = (self.params(), ACCUMULATOR.size());
         let lengths: Vec<_> = params.iter().flat_map(|params| params.lengths.clone()).collect();
         let (places, filled) = assign_buckets(&lengths, BUCKET / size);
@@ -188,7 +189,7 @@ impl<'a> Stage<'a> {
 
     /// The transfers of a step.
     pub(super) fn traffic(&self) -> Traffic {
-        let Strategy { microbatches, pipeline, tensor, chunks, data, .. } = *self.strategy;
+        let Strategy { microbatches, pipeline, tensor, chunks, .. } = *self.strategy;
         let mut traffic = Traffic::default();
         for (part, runs) in self.parts_of_step() {
             for (transfer, count) in &part.transfers {
@@ -216,11 +217,9 @@ impl<'a> Stage<'a> {
             traffic.ends.insert(reduce(DType::F64, 1), 1);
             traffic.ends.insert(reduce(ACCUMULATOR, self.dry.tied), 1);
         }
-        if data > 1 {
-            for elements in self.buckets().elements {
-                let reduce = Transfer { op: Op::AllReduce, dtype: ACCUMULATOR, elements };
-                *traffic.data.entry(reduce).or_default() += 1;
-            }
+        for elements in self.buckets().elements {
+            let reduce = Transfer { op: Op::AllReduce, dtype: ACCUMULATOR, elements };
+            *traffic.data.entry(reduce).or_default() += 1;
         }
         traffic
     }
@@ -266,9 +265,6 @@ impl<'a> Stage<'a> {
     /// The seconds of reducing each bucket of gradients over the replicas.
     pub(super) fn reduce_times(&self, machine: &Machine) -> Vec<f64> {
         let Strategy { data, pipeline, tensor, .. } = *self.strategy;
-        if data == 1 {
-            return Vec::new();
-        }
         let reduce = |elements| {
             let transfer = Transfer { op: Op::AllReduce, dtype: ACCUMULATOR, elements };
             machine.seconds(&transfer, data, pipeline * tensor)
@@ -286,7 +282,8 @@ struct Step<'a> {
     completes: Option<usize>,
 }
 
-/// The buckets of a rank's gradients.
+/// The buckets of a rank's gradients. One replica has none.
+#[derive(Default)]
 struct Buckets {
     /// The number of elements of each bucket.
     elements: Vec<usize>,

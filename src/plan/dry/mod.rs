@@ -13,7 +13,7 @@ use super::Machine;
 use crate::{
     comm::{Group, Transfer, TransferLog},
     device::{DType, Device, Meta, Work},
-    error::Result,
+    error::{Error, Result},
     models::DecoderConfig,
     shard::{Heads, Partition},
 };
@@ -128,6 +128,12 @@ impl Probe {
         let (kept, peak) = (memory.live as i64 - before, memory.peak as i64 - before);
         Ok((result, Part { kept, peak, work, transfers, time: Time::default() }))
     }
+}
+
+/// The refusal of f64, in which models are tested but not trained.
+pub(super) fn no_f64() -> Error {
+    let reason = "plans are for f32, bf16 and f16, not for f64".into();
+    Error::Unsupported { op: "plan", reason }
 }
 
 /// The ranks of a tensor-parallel group whose shards have different sizes: the first of each kind.

@@ -45,10 +45,7 @@ fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, con
     let run = match job.dtype {
         DType::F32 => Serving::run::<f32>,
         DType::BF16 | DType::F16 => Serving::run::<bf16>,
-        DType::F64 => {
-            let reason = "plans are for f32, bf16 and f16, not for f64".into();
-            return Err(Error::Unsupported { op: OP, reason });
-        }
+        DType::F64 => return Err(dry::no_f64()),
     };
     let mut ranks = Vec::new();
     for rank in dry::distinct_ranks(&job.model, tensor, sequences)? {
@@ -69,7 +66,9 @@ fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, con
         return Err(Error::internal(OP, "a tensor-parallel group without ranks"));
     };
     let decode = slowest.decode.time;
-    let prefill = ranks.iter().map(|serving| serving.prefill.time.total()).fold(0.0, f64::max);
+    // By the total order, in which NaN is the largest.
+    let prefill = ranks.iter().map(|serving| serving.prefill.time.total());
+    let prefill = prefill.max_by(f64::total_cmp).unwrap_or(f64::NAN);
     if !(prefill + decode.total()).is_finite() {
         let reason = format!(
             "a prefill takes {prefill} seconds, and a token {}: check the machine's rates",

@@ -3,11 +3,13 @@
 use super::{
     Report,
     table::{PARTS, parts},
-    units::{bytes, time},
 };
 use shardwise::{
     Result,
-    plan::{Plan, Span, SpanWork, Timeline},
+    plan::{
+        Plan, Span, SpanWork, Timeline,
+        text::{bytes, time},
+    },
     train::Pass,
 };
 use std::fmt::Write;

@@ -3,9 +3,12 @@
 use super::{
     Report, chart,
     table::{Column, LEGEND, PARTS, parts, table, verdict},
-    units::{bytes, percent, short, time},
+    units::{percent, short},
 };
-use shardwise::plan::Plan;
+use shardwise::plan::{
+    Plan,
+    text::{bytes, time},
+};
 use std::fmt::Write;
 
 /// The colors are those of Okabe and Ito (2008), which people with any color vision can separate.

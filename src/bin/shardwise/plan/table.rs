@@ -2,9 +2,12 @@
 
 use super::{
     Report,
-    units::{Unit, percent, short, time},
+    units::{percent, short},
 };
-use shardwise::plan::{Memory, Plan, RankUse, Verdict};
+use shardwise::plan::{
+    Memory, Plan, RankUse, Verdict,
+    text::{Unit, time},
+};
 
 /// The largest width of a line, in columns.
 const WIDTH: usize = 140;

@@ -1,45 +1,4 @@
-//! Numbers with units.
-
-use std::time::Duration;
-
-/// A unit of bytes in which a list of numbers is written.
-#[derive(Clone, Copy)]
-pub(super) struct Unit {
-    pub(super) name: &'static str,
-    size: u64,
-}
-
-impl Unit {
-    /// The largest unit of which the number of bytes is at least 1.
-    pub(super) fn of(bytes: u64) -> Self {
-        let names = ["B", "KiB", "MiB", "GiB"];
-        let power = (bytes.max(1).ilog2() as usize / 10).min(names.len() - 1);
-        Self { name: names[power], size: 1 << (10 * power) }
-    }
-
-    /// Writes the number of bytes in this unit, without its name.
-    pub(super) fn count(self, bytes: u64) -> String {
-        match self.size {
-            1 => bytes.to_string(),
-            size => format!("{:.1}", bytes as f64 / size as f64),
-        }
-    }
-}
-
-/// Writes a number of bytes with its unit.
-pub(super) fn bytes(bytes: u64) -> String {
-    let unit = Unit::of(bytes);
-    format!("{} {}", unit.count(bytes), unit.name)
-}
-
-/// Writes a number of seconds with a unit.
-pub(super) fn time(seconds: f64) -> String {
-    match Duration::try_from_secs_f64(seconds) {
-        Ok(Duration::ZERO) => "0s".into(),
-        Ok(time) => format!("{time:.2?}"),
-        Err(_) => format!("{seconds} s"),
-    }
-}
+//! Numbers as the table and the page have them.
 
 /// Writes a share in percent, with a decimal below 10%.
 pub(super) fn percent(share: f64) -> String {
@@ -76,12 +35,5 @@ mod tests {
     #[test]
     fn shares_have_two_digits() {
         assert_eq!([0.0, 0.0994, 0.0996, 1.0].map(percent), ["0.0%", "9.9%", "10%", "100%"]);
-    }
-
-    #[test]
-    fn bytes_have_the_largest_unit() {
-        assert_eq!([0, 1023, 1024, 80 << 30].map(bytes), ["0 B", "1023 B", "1.0 KiB", "80.0 GiB"]);
-        assert_eq!(Unit::of(5 << 30).count(1 << 29), "0.5");
-        assert_eq!([0.0, 1.84, 0.0312].map(time), ["0s", "1.84s", "31.20ms"]);
     }
 }
