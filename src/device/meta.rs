@@ -99,10 +99,10 @@ impl Meta {
 
     /// Adds an element-wise kernel over a matrix of `matrix` bytes to the log. `others` are the
     /// bytes of the other operands. Adds nothing if the matrix has no elements.
-    pub(crate) fn record_elementwise<T: Element>(&self, matrix: u128, others: &[u128]) {
+    pub(crate) fn record_elementwise<T: Element>(&self, kind: WorkKind, matrix: u128, others: &[u128]) {
         if matrix > 0 {
             let bytes = others.iter().fold(matrix, |sum, bytes| sum.saturating_add(*bytes));
-            self.record(WorkKind::Other, T::DTYPE, 0, bytes);
+            self.record(kind, T::DTYPE, 0, bytes);
         }
     }
 }

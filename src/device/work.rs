@@ -28,8 +28,34 @@ pub enum WorkKind {
     Product,
     /// Attention.
     Attention,
-    /// Any other kernel: element-wise, normalization, softmax, loss, gather, optimizer.
+    /// A normalization.
+    Norm,
+    /// An activation function or a gate.
+    Activation,
+    /// A kernel of a loss, such as the exponentials of a softmax.
+    Loss,
+    /// Dropout.
+    Dropout,
+    /// A step of an optimizer, or a sum of squares for the gradient norm.
+    Update,
+    /// Any other kernel: copies, sums, rows of a table, rotary embeddings.
     Other,
+}
+
+impl WorkKind {
+    /// The family's name, such as `norm`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Product => "product",
+            Self::Attention => "attention",
+            Self::Norm => "norm",
+            Self::Activation => "activation",
+            Self::Loss => "loss",
+            Self::Dropout => "dropout",
+            Self::Update => "update",
+            Self::Other => "other",
+        }
+    }
 }
 
 #[cfg(test)]
@@ -101,7 +127,7 @@ mod tests {
         });
         let product = (Product, F32, 2 * 5 * 7 * 11, 4 * (35 + 77 + 55), 1);
         let added = (Other, F32, 0, 4 * (2 * 55 + 11), 1);
-        let activated = (Other, F32, 0, 4 * 2 * 55, 1);
+        let activated = (Activation, F32, 0, 4 * 2 * 55, 1);
         assert_eq!(got, [product, activated, added]);
     }
 
@@ -119,7 +145,7 @@ mod tests {
         };
         // x and y, then γ and β, then the statistics.
         let bytes = 2 * (2 * 10 * 64) + 2 * (2 * 64) + 4 * (10 * 2);
-        assert_eq!(norm(10), [(Other, BF16, 0, bytes, 1)]);
+        assert_eq!(norm(10), [(Norm, BF16, 0, bytes, 1)]);
         assert_eq!(norm(0), []);
     }
 
@@ -199,8 +225,8 @@ mod tests {
         };
         // The gradient is read, the weight is written, master and moments are read and written.
         let bytes = 100 * (4 + 2 + 3 * 2 * 4);
-        assert_eq!(adamw(Some(&mut master)), [(Other, BF16, 0, bytes, 1)]);
+        assert_eq!(adamw(Some(&mut master)), [(Update, BF16, 0, bytes, 1)]);
         let bytes = 100 * (4 + 2 * 2 + 2 * 2 * 4);
-        assert_eq!(adamw(None), [(Other, BF16, 0, bytes, 1)]);
+        assert_eq!(adamw(None), [(Update, BF16, 0, bytes, 1)]);
     }
 }

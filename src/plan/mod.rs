@@ -38,10 +38,10 @@ mod traffic;
 
 pub use job::{Goal, Job};
 pub use limits::Limits;
-pub use machine::{Link, Machine, Rate};
+pub use machine::{Collective, Link, Machine, Parts, Rate, Rates, Run, Transport, TypeRates};
 pub use outcome::{Exposed, Memory, Plan, Plans, RankUse, Refusal, Verdict};
 pub use preview::Preview;
-pub use search::{plan, plan_within};
+pub use search::{parts, plan, plan_within, predict};
 pub use strategy::Strategy;
 pub use timeline::{Passes, Span, SpanWork, Timeline};
 pub use traffic::{Traffic, Transfers};

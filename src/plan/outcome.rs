@@ -47,10 +47,22 @@ pub struct Plan {
     pub exposed: Exposed,
     /// The seconds that an exchange between neighbouring stages takes.
     pub exchange: f64,
+    /// Whether the sender of an exchange continues before its receiver has the message
+    /// ([`Machine::buffered`]).
+    #[serde(default)]
+    pub buffered: bool,
+    /// The threads with which each rank computes matrix products: see
+    /// [`Cpu::with_threads`](crate::device::Cpu::with_threads). 1 on GPUs.
+    #[serde(default = "one")]
+    pub threads: usize,
     /// The floating-point operations of a step, over all ranks.
     pub flops: u64,
     /// One entry for each pipeline rank: its fullest tensor-parallel rank.
     pub ranks: Vec<RankUse>,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Seconds of communication that computation does not hide.
@@ -152,6 +164,6 @@ impl Plan {
     /// When the plan was changed and its schedule cannot be run.
     pub fn timeline(&self) -> Result<Timeline> {
         let passes: Vec<_> = self.ranks.iter().map(|rank| rank.passes.clone()).collect();
-        timeline::simulate(&self.strategy.schedule()?, &passes, self.exchange)
+        timeline::simulate(&self.strategy.schedule()?, &passes, self.exchange, self.buffered)
     }
 }

@@ -7,7 +7,8 @@ use super::{
 };
 use crate::{
     comm::{Op, Transfer},
-    device::DType,
+    device::{DType, Work, WorkKind},
+    error::Result,
     shard::Partition,
     train::{Action, BUCKET, Compute, Pass, assign_buckets},
 };
@@ -196,8 +197,6 @@ impl<'a> Stage<'a> {
                 *traffic.tensor.entry(*transfer).or_default() += count * runs;
             }
         }
-        // The gradient norm gathers three numbers of each rank of a group.
-        let norm = |ranks| Transfer { op: Op::AllGather, dtype: DType::F64, elements: 3 * ranks };
         *traffic.tensor.entry(norm(tensor)).or_default() += 1;
         *traffic.pipeline.entry(norm(pipeline)).or_default() += 1;
         let stage = |chunk: usize| chunk * pipeline + self.rank;
@@ -262,15 +261,41 @@ impl<'a> Stage<'a> {
         self.params().iter().map(|params| params.norm.time.total() + params.step.time.total()).sum()
     }
 
-    /// The seconds of reducing each bucket of gradients over the replicas.
-    pub(super) fn reduce_times(&self, machine: &Machine) -> Vec<f64> {
+    /// The seconds of reducing each bucket of gradients over the replicas, and those of filling and
+    /// emptying all buckets.
+    pub(super) fn reduce_times(&self, machine: &Machine) -> Result<(Vec<f64>, f64)> {
         let Strategy { data, pipeline, tensor, .. } = *self.strategy;
-        let reduce = |elements| {
+        let (mut times, mut copies) = (Vec::new(), 0.0);
+        for elements in self.buckets().elements {
             let transfer = Transfer { op: Op::AllReduce, dtype: ACCUMULATOR, elements };
-            machine.seconds(&transfer, data, pipeline * tensor)
-        };
-        self.buckets().elements.into_iter().map(reduce).collect()
+            times.push(machine.seconds(&transfer, data, pipeline * tensor));
+            // A bucket is set to 0, gradients are copied to it, and sums are copied from it.
+            for tensors in [1, 2, 2] {
+                let bytes = (tensors * transfer.bytes()) as u64;
+                let copy = Work { kind: WorkKind::Other, dtype: ACCUMULATOR, flops: 0, bytes };
+                copies += machine.kernel(&copy, self.strategy.ranks())?;
+            }
+        }
+        Ok((times, copies))
     }
+
+    /// The seconds of the collectives after the passes that are not over the replicas: of a tied
+    /// table's gradient, and of the gradient norm.
+    pub(super) fn end_times(&self, machine: &Machine) -> f64 {
+        let Strategy { pipeline, tensor, .. } = *self.strategy;
+        let traffic = self.traffic();
+        let ends = traffic.ends.iter().map(|(transfer, count)| {
+            let stride = tensor * (pipeline - 1);
+            machine.seconds(transfer, 2, stride) * *count as f64
+        });
+        let norm = |ranks, stride| machine.seconds(&norm(ranks), ranks, stride);
+        ends.sum::<f64>() + norm(tensor, 1) + norm(pipeline, tensor)
+    }
+}
+
+/// The gradient norm gathers three numbers of each rank of a group.
+fn norm(ranks: usize) -> Transfer {
+    Transfer { op: Op::AllGather, dtype: DType::F64, elements: 3 * ranks }
 }
 
 /// A step of a pass.

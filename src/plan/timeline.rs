@@ -5,6 +5,7 @@ use crate::{
     train::{Action, Compute, Message, Pass, Schedule},
 };
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 
 /// The seconds that a stage takes for one microbatch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -81,13 +82,19 @@ const OP: &str = "timeline";
 /// rank executes its [`Schedule::actions`] in order.
 ///
 /// A message starts when both of its ranks have reached the action that exchanges it, and takes
-/// `exchange` seconds. The send and the receive of an action run concurrently. `passes` has the
-/// seconds of the chunks of each rank.
+/// `exchange` seconds. The send and the receive of an action run concurrently. If messages are
+/// `buffered`, the sender copies the message in half of these seconds and continues, and the
+/// receiver copies it in the other half. `passes` has the seconds of the chunks of each rank.
 ///
 /// # Errors
 /// When the schedule cannot be run, `passes` has other numbers of ranks or chunks than the
 /// schedule, or a time is negative or not finite.
-pub(super) fn simulate(schedule: &Schedule, passes: &[Vec<Passes>], exchange: f64) -> Result<Timeline> {
+pub(super) fn simulate(
+    schedule: &Schedule,
+    passes: &[Vec<Passes>],
+    exchange: f64,
+    buffered: bool,
+) -> Result<Timeline> {
     same_size(OP, "the ranks of the passes", passes.len(), "those of the schedule", schedule.ranks())?;
     for (rank, chunks) in passes.iter().enumerate() {
         let left = format!("the chunks of the passes of rank {rank}");
@@ -105,6 +112,8 @@ pub(super) fn simulate(schedule: &Schedule, passes: &[Vec<Passes>], exchange: f6
     // The ranks that may be able to proceed. A rank that waits for another is added again when that
     // rank joins its message.
     let mut ready: Vec<usize> = (0..ranks.len()).collect();
+    // The times at which messages are in the receiver's buffer.
+    let mut arrived = HashMap::new();
     while let Some(rank) = ready.pop() {
         while let Some(&action) = ranks[rank].left.first() {
             match action {
@@ -112,6 +121,24 @@ pub(super) fn simulate(schedule: &Schedule, passes: &[Vec<Passes>], exchange: f6
                     let Passes { forward, backward } = passes[rank][compute.chunk];
                     ranks[rank]
                         .compute(compute, if compute.pass == Pass::Forward { forward } else { backward });
+                }
+                Action::Exchange { send, receive } if buffered => {
+                    let half = exchange / 2.0;
+                    let this = &mut ranks[rank];
+                    if let Some(to) = send.filter(|_| this.sent.is_none()) {
+                        this.sent = Some(this.free);
+                        this.push(this.free, this.free + half, SpanWork::Exchange);
+                        arrived.insert((to.pass, to.stage, to.microbatch), this.free);
+                        ready.push(to.peer);
+                    }
+                    if let Some(from) = receive {
+                        let key = (from.pass, from.stage, from.microbatch);
+                        let Some(arrival) = arrived.remove(&key) else { break };
+                        let start = this.free.max(arrival);
+                        this.push(start, start + half, SpanWork::Exchange);
+                    }
+                    this.sent = None;
+                    this.left = &this.left[1..];
                 }
                 Action::Exchange { send, receive } => {
                     if let Some(to) = send.filter(|_| ranks[rank].sent.is_none())
@@ -223,11 +250,10 @@ impl<'a> Progress<'a> {
 mod tests {
     use super::*;
     use crate::rng::Philox;
-    use std::collections::HashMap;
 
     fn equal_stages(schedule: &Schedule, forward: f64, backward: f64) -> Timeline {
         let chunks = vec![Passes { forward, backward }; schedule.chunks()];
-        simulate(schedule, &vec![chunks; schedule.ranks()], 0.0).unwrap()
+        simulate(schedule, &vec![chunks; schedule.ranks()], 0.0, false).unwrap()
     }
 
     fn near(got: f64, want: f64) -> bool {
@@ -304,7 +330,7 @@ mod tests {
 
     /// The ends of all actions by relaxation: starts with 0 and raises each end to what the ends
     /// before it demand, until none changes.
-    fn relaxed(schedule: &Schedule, passes: &[Vec<Passes>], exchange: f64) -> Vec<Vec<f64>> {
+    fn relaxed(schedule: &Schedule, passes: &[Vec<Passes>], exchange: f64, buffered: bool) -> Vec<Vec<f64>> {
         let actions = schedule.actions().unwrap();
         let mut sends = HashMap::new();
         let mut receives = HashMap::new();
@@ -331,6 +357,14 @@ mod tests {
                             let times = passes[rank][compute.chunk];
                             own + if compute.pass == Pass::Forward { times.forward } else { times.backward }
                         }
+                        Action::Exchange { send, receive } if buffered => {
+                            let half = exchange / 2.0;
+                            let sent = own + send.map_or(0.0, |_| half);
+                            receive.map_or(sent, |from| {
+                                let sender = sends[&(from.pass, from.stage, from.microbatch)];
+                                sent.max(arrival(sender) + half) + half
+                            })
+                        }
                         Action::Exchange { send, receive } => {
                             let key = |message: &Message| (message.pass, message.stage, message.microbatch);
                             let peers = [
@@ -353,8 +387,9 @@ mod tests {
         let mut draws = Draws(Philox::stream(11, 0), 0);
         for schedule in schedules() {
             let (passes, exchange) = (draws.passes(&schedule), draws.next());
-            let timeline = simulate(&schedule, &passes, exchange).unwrap();
-            let ends = relaxed(&schedule, &passes, exchange);
+            let buffered = draws.next() < 0.5;
+            let timeline = simulate(&schedule, &passes, exchange, buffered).unwrap();
+            let ends = relaxed(&schedule, &passes, exchange, buffered);
             let actions = schedule.actions().unwrap();
             for (rank, spans) in timeline.ranks.iter().enumerate() {
                 let mut spans = spans.iter().peekable();
@@ -380,7 +415,7 @@ mod tests {
         let mut draws = Draws(Philox::stream(12, 0), 0);
         for schedule in schedules() {
             let (passes, exchange) = (draws.passes(&schedule), draws.next());
-            let timeline = simulate(&schedule, &passes, exchange).unwrap();
+            let timeline = simulate(&schedule, &passes, exchange, draws.next() < 0.5).unwrap();
             let mut computed = HashMap::new();
             for (rank, spans) in timeline.ranks.iter().enumerate() {
                 assert!(
@@ -412,8 +447,9 @@ mod tests {
     fn what_cannot_be_simulated_is_an_error() {
         let schedule = Schedule::one_forward_one_backward(2, 3);
         let pass = Passes { forward: 1.0, backward: 2.0 };
-        let error =
-            |passes: &[Vec<Passes>], exchange| simulate(&schedule, passes, exchange).unwrap_err().to_string();
+        let error = |passes: &[Vec<Passes>], exchange| {
+            simulate(&schedule, passes, exchange, false).unwrap_err().to_string()
+        };
         let ranks = "timeline: the ranks of the passes is 1, but those of the schedule is 2";
         assert_eq!(error(&[vec![pass]], 0.0), ranks);
         let chunks = "timeline: the chunks of the passes of rank 1 is 2, but those of the schedule is 1";
@@ -428,6 +464,6 @@ mod tests {
         assert_eq!(error(&[vec![pass], vec![pass]], f64::INFINITY), seconds("an exchange", "inf"));
         let twice =
             Schedule::custom(1, 1, vec![vec![Compute { pass: Pass::Forward, chunk: 0, microbatch: 0 }; 2]]);
-        assert!(simulate(&twice, &[vec![pass]], 0.0).unwrap_err().to_string().contains("twice"));
+        assert!(simulate(&twice, &[vec![pass]], 0.0, true).unwrap_err().to_string().contains("twice"));
     }
 }

@@ -3,7 +3,7 @@
 //! The rows of vTrain are its file `ground_truth_multi.csv` (MIT, tests/data/vtrain/LICENSE).
 
 use shardwise::plan::{
-    Machine,
+    Machine, TypeRates,
     megatron::{Family, Model, Recompute, Run},
 };
 use std::fs;
@@ -257,20 +257,24 @@ type Constant = (f64, f64, fn(&mut Machine) -> &mut f64);
 /// The efficiency of products, the rate of memory, and what a kernel and the links cost. No rate
 /// may exceed that of the hardware, and products reach at most .85 of their peak.
 const CONSTANTS: [Constant; 7] = [
-    (0.3, 0.85, |machine| &mut machine.products.get_mut("bf16").unwrap().efficiency[0].1),
-    (0.5e12, 2039e9, |machine| &mut machine.copies.peak),
-    (1e-6, 50e-6, |machine| &mut machine.launch),
+    (0.3, 0.85, |machine| &mut bf16(machine).products.efficiency[0].1),
+    (0.5e12, 2039e9, |machine| &mut bf16(machine).copies.peak),
+    (1e-6, 50e-6, |machine| &mut machine.rates[0].launch),
     (50e9, 300e9, |machine| &mut machine.node.bandwidth),
     (1e-6, 100e-6, |machine| &mut machine.node.latency),
-    (1e9, 25e9, |machine| &mut machine.network.bandwidth),
-    (1e-6, 100e-6, |machine| &mut machine.network.latency),
+    (1e9, 25e9, |machine| &mut machine.network.as_mut().unwrap().bandwidth),
+    (1e-6, 100e-6, |machine| &mut machine.network.as_mut().unwrap().latency),
 ];
+
+fn bf16(machine: &mut Machine) -> &mut TypeRates {
+    machine.rates[0].types.get_mut("bf16").unwrap()
+}
 
 /// Calibrates a machine by coordinate descent on the mean absolute error: multiplies and divides
 /// each constant by a factor, keeps what is better, and reduces the factor when nothing is.
 fn calibrate(rows: &[&Row]) -> Machine {
     let mut machine = a100();
-    machine.products.get_mut("bf16").unwrap().efficiency = vec![(0.0, 0.7)];
+    bf16(&mut machine).products.efficiency = vec![(0.0, 0.7)];
     let mut error = mean_error(rows, &machine);
     let mut factor: f64 = 1.5;
     while factor > 1.005 {

@@ -108,7 +108,7 @@ fn fewer_ranks_are_an_answer() {
     let (_, dtype, config) = models().into_iter().next().unwrap();
     let job = Job::train(config, dtype, 8, TOKENS);
     let mut machine = machine(8);
-    machine.network.latency = 10.0;
+    machine.network.as_mut().unwrap().latency = 10.0;
     let best = plan(&job, &machine).unwrap().best[0].strategy;
     assert!((2..=4).contains(&best.ranks()), "{best}");
     machine.node.latency = 10.0;
@@ -189,12 +189,12 @@ fn bad_jobs_are_refused_with_what_would_work() {
         assert!(got.contains(words), "{got}");
     }
     let mut endless = machine(2);
-    endless.launch = 1e308;
+    endless.rates[0].launch = 1e308;
     let serve = Job::serve(config.clone(), dtype, 8, TOKENS);
     let got = text(&serve, &endless, &limits);
     assert!(got.contains("a prefill takes inf seconds"), "{got}");
     let mut slow = machine(2);
-    slow.network.bandwidth = -1.0;
+    slow.network.as_mut().unwrap().bandwidth = -1.0;
     assert_eq!(text(&job, &slow, &limits), "machine: `network.bandwidth` is -1, but has to be positive");
     let wide = Job::train(config, DType::F64, 8, TOKENS);
     assert!(text(&wide, &machine(1), &limits).contains("not supported"), "f64");

@@ -70,7 +70,7 @@ impl Attention for Meta {
     ) -> Result<()> {
         let from = [("k", k.dims()), ("v", v.dims())];
         check_append(spec, cache, from, [("the keys", keys.dims()), ("the values", values.dims())])?;
-        self.record_elementwise::<T>(2 * k.bytes(), &[2 * v.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, 2 * k.bytes(), &[2 * v.bytes()]);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use super::{Dropout, DropoutMask, check};
 use crate::{
-    device::{Element, Meta},
+    device::{Element, Meta, WorkKind},
     error::Result,
     kernels::{MatMut, MatRef},
 };
@@ -15,7 +15,7 @@ impl Dropout for Meta {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check(mask, x.dims(), y.dims())?;
-        self.record_elementwise::<T>(x.bytes(), &[y.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Dropout, x.bytes(), &[y.bytes()]);
         Ok(())
     }
 }

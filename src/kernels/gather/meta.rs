@@ -2,7 +2,7 @@
 
 use super::{Gather, check};
 use crate::{
-    device::{Element, Meta},
+    device::{Element, Meta, WorkKind},
     error::Result,
     kernels::{MatMut, MatRef},
 };
@@ -16,7 +16,7 @@ impl Gather for Meta {
     ) -> Result<()> {
         check("gather", ids, y.dims(), table.dims())?;
         // A row of the table is read for each row of y.
-        self.record_elementwise::<T>(y.bytes(), &[y.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, y.bytes(), &[y.bytes()]);
         Ok(())
     }
 
@@ -29,7 +29,7 @@ impl Gather for Meta {
         check("scatter_add", ids, dy.dims(), dtable.dims())?;
         // A row of the table is updated for each row of dy.
         let updated = dy.dims().elements() * size_of::<T::Acc>() as u128;
-        self.record_elementwise::<T>(dy.bytes(), &[2 * updated]);
+        self.record_elementwise::<T>(WorkKind::Other, dy.bytes(), &[2 * updated]);
         Ok(())
     }
 }

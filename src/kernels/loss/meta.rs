@@ -2,7 +2,7 @@
 
 use super::{Loss, Targets, check_rows, check_same, check_targets};
 use crate::{
-    device::{Accumulator, Device, Element, Meta, MetaSlice, MetaSliceMut},
+    device::{Accumulator, Device, Element, Meta, MetaSlice, MetaSliceMut, WorkKind},
     error::Result,
     kernels::{MatMut, MatRef},
 };
@@ -12,7 +12,7 @@ impl Loss for Meta {
         const OP: &str = "row maximum";
         check_same(OP, x.dims(), &[])?;
         check_rows(OP, "the maxima", Self::len_mut(&max), 1, x.rows())?;
-        self.record_elementwise::<T>(x.bytes(), &[max.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Loss, x.bytes(), &[max.bytes()]);
         Ok(())
     }
 
@@ -28,7 +28,7 @@ impl Loss for Meta {
         check_targets(OP, targets, x.rows(), x.cols())?;
         check_rows(OP, "the maxima", Self::len(max), 1, x.rows())?;
         check_rows(OP, "the sums", Self::len_mut(&sums), 3, x.rows())?;
-        self.record_elementwise::<T>(x.bytes(), &[max.bytes(), sums.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Loss, x.bytes(), &[max.bytes(), sums.bytes()]);
         Ok(())
     }
 
@@ -47,7 +47,11 @@ impl Loss for Meta {
         check_rows(OP, "the sums", Self::len(sums), 3, rows)?;
         check_rows(OP, "the losses", Self::len_mut(&losses), 1, rows)?;
         check_rows(OP, "the logs of sums", Self::len_mut(&log), 1, rows)?;
-        self.record_elementwise::<A>(max.bytes(), &[sums.bytes(), losses.bytes(), log.bytes()]);
+        self.record_elementwise::<A>(
+            WorkKind::Loss,
+            max.bytes(),
+            &[sums.bytes(), losses.bytes(), log.bytes()],
+        );
         Ok(())
     }
 
@@ -65,7 +69,7 @@ impl Loss for Meta {
         check_targets(OP, targets, x.rows(), x.cols())?;
         check_rows(OP, "the maxima", Self::len(max), 1, x.rows())?;
         check_rows(OP, "the logs of sums", Self::len(log), 1, x.rows())?;
-        self.record_elementwise::<T>(x.bytes(), &[max.bytes(), log.bytes(), dx.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Loss, x.bytes(), &[max.bytes(), log.bytes(), dx.bytes()]);
         Ok(())
     }
 
@@ -78,7 +82,7 @@ impl Loss for Meta {
         const OP: &str = "squared error";
         check_same(OP, x.dims(), &[("y", y.dims())])?;
         check_rows(OP, "the sums", Self::len_mut(&sums), 1, x.rows())?;
-        self.record_elementwise::<T>(x.bytes(), &[y.bytes(), sums.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Loss, x.bytes(), &[y.bytes(), sums.bytes()]);
         Ok(())
     }
 
@@ -90,7 +94,7 @@ impl Loss for Meta {
         dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check_same("squared error backward", x.dims(), &[("y", y.dims()), ("dx", dx.dims())])?;
-        self.record_elementwise::<T>(x.bytes(), &[y.bytes(), dx.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Loss, x.bytes(), &[y.bytes(), dx.bytes()]);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Norm, NormKind, check};
 use crate::{
-    device::{Device, Element, Meta, MetaSlice, MetaSliceMut},
+    device::{Device, Element, Meta, MetaSlice, MetaSliceMut, WorkKind},
     error::Result,
     kernels::{MatMut, MatRef},
 };
@@ -20,7 +20,11 @@ impl Norm for Meta {
         let vectors = [("gamma", Self::len(gamma)), ("beta", beta.map_or(y.cols(), Self::len))];
         check("norm", &[("x", x.dims())], y.dims(), &vectors, Self::len_mut(&stats))?;
         let beta = beta.map_or(0, |beta| beta.bytes());
-        self.record_elementwise::<T>(x.bytes(), &[gamma.bytes(), beta, y.bytes(), stats.bytes()]);
+        self.record_elementwise::<T>(
+            WorkKind::Norm,
+            x.bytes(),
+            &[gamma.bytes(), beta, y.bytes(), stats.bytes()],
+        );
         Ok(())
     }
 
@@ -41,7 +45,7 @@ impl Norm for Meta {
         check("norm backward", &inputs, dx.dims(), &vectors, Self::len(stats))?;
         let read = [gamma.bytes(), stats.bytes(), dy.bytes()];
         let written = [dx.bytes(), dgamma.bytes(), dbeta.map_or(0, |dbeta| dbeta.bytes())];
-        self.record_elementwise::<T>(x.bytes(), &[read, written].concat());
+        self.record_elementwise::<T>(WorkKind::Norm, x.bytes(), &[read, written].concat());
         Ok(())
     }
 }

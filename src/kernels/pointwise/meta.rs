@@ -2,7 +2,7 @@
 
 use super::{Activation, Pointwise, check, check_dot_rows, check_gate_backward, check_row, check_scale_rows};
 use crate::{
-    device::{Device, Element, Meta, MetaSlice, MetaSliceMut},
+    device::{Device, Element, Meta, MetaSlice, MetaSliceMut, WorkKind},
     error::Result,
     kernels::{MatMut, MatRef, view::unit_columns},
 };
@@ -15,7 +15,7 @@ impl Pointwise for Meta {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("activation", &[("x", x.dims())], ("y", y.dims()))?;
-        self.record_elementwise::<T>(x.bytes(), &[y.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Activation, x.bytes(), &[y.bytes()]);
         Ok(())
     }
 
@@ -27,7 +27,7 @@ impl Pointwise for Meta {
         dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("activation backward", &[("x", x.dims()), ("dy", dy.dims())], ("dx", dx.dims()))?;
-        self.record_elementwise::<T>(x.bytes(), &[dy.bytes(), dx.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Activation, x.bytes(), &[dy.bytes(), dx.bytes()]);
         Ok(())
     }
 
@@ -39,7 +39,7 @@ impl Pointwise for Meta {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("gate", &[("gate", gate.dims()), ("up", up.dims())], ("y", y.dims()))?;
-        self.record_elementwise::<T>(gate.bytes(), &[up.bytes(), y.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Activation, gate.bytes(), &[up.bytes(), y.bytes()]);
         Ok(())
     }
 
@@ -52,7 +52,11 @@ impl Pointwise for Meta {
         d: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check_gate_backward(gate.dims(), up.dims(), dy.dims(), d.dims())?;
-        self.record_elementwise::<T>(gate.bytes(), &[up.bytes(), dy.bytes(), d.bytes()]);
+        self.record_elementwise::<T>(
+            WorkKind::Activation,
+            gate.bytes(),
+            &[up.bytes(), dy.bytes(), d.bytes()],
+        );
         Ok(())
     }
 
@@ -63,7 +67,7 @@ impl Pointwise for Meta {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("add", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))?;
-        self.record_elementwise::<T>(a.bytes(), &[b.bytes(), y.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, a.bytes(), &[b.bytes(), y.bytes()]);
         Ok(())
     }
 
@@ -74,7 +78,7 @@ impl Pointwise for Meta {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("mul", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))?;
-        self.record_elementwise::<T>(a.bytes(), &[b.bytes(), y.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, a.bytes(), &[b.bytes(), y.bytes()]);
         Ok(())
     }
 
@@ -85,7 +89,7 @@ impl Pointwise for Meta {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check_scale_rows(Self::len(s), x.dims(), y.dims())?;
-        self.record_elementwise::<T>(x.bytes(), &[s.bytes(), y.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, x.bytes(), &[s.bytes(), y.bytes()]);
         Ok(())
     }
 
@@ -96,7 +100,7 @@ impl Pointwise for Meta {
         s: MetaSliceMut<'_, T>,
     ) -> Result<()> {
         check_dot_rows(a.dims(), b.dims(), Self::len_mut(&s))?;
-        self.record_elementwise::<T>(a.bytes(), &[b.bytes(), s.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, a.bytes(), &[b.bytes(), s.bytes()]);
         Ok(())
     }
 
@@ -106,39 +110,39 @@ impl Pointwise for Meta {
         y: MatMut<'_, Y, Self>,
     ) -> Result<()> {
         check("accumulate", &[("x", x.dims())], ("y", y.dims()))?;
-        self.record_elementwise::<T>(x.bytes(), &[2 * y.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, x.bytes(), &[2 * y.bytes()]);
         Ok(())
     }
 
     fn add_bias<T: Element>(&self, bias: MetaSlice<'_, T>, y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("bias", y.dims())?;
         check_row("bias", "the bias", Self::len(bias), y.cols())?;
-        self.record_elementwise::<T>(2 * y.bytes(), &[bias.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, 2 * y.bytes(), &[bias.bytes()]);
         Ok(())
     }
 
     fn sum_rows<T: Element>(&self, x: MatRef<'_, T, Self>, sums: MetaSliceMut<'_, T::Acc>) -> Result<()> {
         unit_columns("bias gradient", x.dims())?;
         check_row("bias gradient", "the gradient", Self::len_mut(&sums), x.cols())?;
-        self.record_elementwise::<T>(x.bytes(), &[sums.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, x.bytes(), &[sums.bytes()]);
         Ok(())
     }
 
     fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()> {
         check("copy", &[("x", x.dims())], ("y", y.dims()))?;
-        self.record_elementwise::<T>(x.bytes(), &[y.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Other, x.bytes(), &[y.bytes()]);
         Ok(())
     }
 
     fn scale<T: Element>(&self, _: f64, y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("scale", y.dims())?;
-        self.record_elementwise::<T>(2 * y.bytes(), &[]);
+        self.record_elementwise::<T>(WorkKind::Other, 2 * y.bytes(), &[]);
         Ok(())
     }
 
     fn fill<T: Element>(&self, _: f64, y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("fill", y.dims())?;
-        self.record_elementwise::<T>(y.bytes(), &[]);
+        self.record_elementwise::<T>(WorkKind::Other, y.bytes(), &[]);
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Rope, RopeSpec, check};
 use crate::{
-    device::{Element, Meta},
+    device::{Element, Meta, WorkKind},
     error::Result,
     kernels::MatMut,
 };
@@ -16,7 +16,7 @@ impl Rope for Meta {
         x: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check(spec, positions.len(), &x)?;
-        self.record_elementwise::<T>(2 * x.bytes(), &[]);
+        self.record_elementwise::<T>(WorkKind::Other, 2 * x.bytes(), &[]);
         Ok(())
     }
 }

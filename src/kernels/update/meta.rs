@@ -2,7 +2,7 @@
 
 use super::{AdamWStep, SgdStep, Update, check, check_square_sums};
 use crate::{
-    device::{Device, Element, Meta, MetaSlice, MetaSliceMut},
+    device::{Device, Element, Meta, MetaSlice, MetaSliceMut, WorkKind},
     error::Result,
     kernels::MatRef,
 };
@@ -29,7 +29,11 @@ impl Update for Meta {
         ];
         check("sgd", Self::len_mut(&weight), &lens)?;
         let velocity = velocity.map_or(0, |velocity| velocity.bytes());
-        self.record_elementwise::<T>(grad.bytes(), &[updated(&weight, master), 2 * velocity]);
+        self.record_elementwise::<T>(
+            WorkKind::Update,
+            grad.bytes(),
+            &[updated(&weight, master), 2 * velocity],
+        );
         Ok(())
     }
 
@@ -49,13 +53,17 @@ impl Update for Meta {
         ];
         check("adamw", Self::len_mut(&weight), &lens)?;
         let moments = first.bytes() + second.bytes();
-        self.record_elementwise::<T>(grad.bytes(), &[updated(&weight, master), 2 * moments]);
+        self.record_elementwise::<T>(
+            WorkKind::Update,
+            grad.bytes(),
+            &[updated(&weight, master), 2 * moments],
+        );
         Ok(())
     }
 
     fn square_sums<T: Element>(&self, x: MatRef<'_, T, Self>, sums: MetaSliceMut<'_, f64>) -> Result<()> {
         check_square_sums(x.dims(), Self::len_mut(&sums))?;
-        self.record_elementwise::<T>(x.bytes(), &[sums.bytes()]);
+        self.record_elementwise::<T>(WorkKind::Update, x.bytes(), &[sums.bytes()]);
         Ok(())
     }
 }

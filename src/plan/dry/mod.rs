@@ -56,14 +56,15 @@ impl Time {
 }
 
 impl Part {
-    /// Sets the part's seconds on a machine, in a tensor-parallel group of `ranks` ranks.
-    pub(super) fn price(&mut self, machine: &Machine, ranks: usize) -> Result<()> {
+    /// Sets the part's seconds on a machine, with `ranks` ranks of which a tensor-parallel group
+    /// has `tensor`.
+    pub(super) fn price(&mut self, machine: &Machine, ranks: usize, tensor: usize) -> Result<()> {
         self.time = Time::default();
         for (kernel, runs) in &self.work {
-            self.time.compute += machine.kernel(kernel)? * *runs as f64;
+            self.time.compute += machine.kernel(kernel, ranks)? * *runs as f64;
         }
         for (transfer, count) in &self.transfers {
-            self.time.transfers += machine.seconds(transfer, ranks, 1) * *count as f64;
+            self.time.transfers += machine.seconds(transfer, tensor, 1) * *count as f64;
         }
         Ok(())
     }

@@ -61,9 +61,12 @@ impl Serving {
         all.ok_or_else(|| Error::invalid("plan", "the model has no blocks"))
     }
 
-    /// Sets the seconds of all parts on a machine, in a tensor-parallel group of `ranks` ranks.
-    pub(in crate::plan) fn price(&mut self, machine: &Machine, ranks: usize) -> Result<()> {
-        [&mut self.prefill, &mut self.decode].into_iter().try_for_each(|part| part.price(machine, ranks))
+    /// Sets the seconds of all parts on a machine, with `ranks` ranks of which a tensor-parallel
+    /// group has `tensor`.
+    pub(in crate::plan) fn price(&mut self, machine: &Machine, ranks: usize, tensor: usize) -> Result<()> {
+        [&mut self.prefill, &mut self.decode]
+            .into_iter()
+            .try_for_each(|part| part.price(machine, ranks, tensor))
     }
 
     fn measure<T: Element>(

@@ -146,8 +146,9 @@ impl Training {
         training.ok_or_else(|| Error::invalid("plan", "the model has no blocks"))
     }
 
-    /// Sets the seconds of all parts on a machine, in a tensor-parallel group of `ranks` ranks.
-    pub(in crate::plan) fn price(&mut self, machine: &Machine, ranks: usize) -> Result<()> {
+    /// Sets the seconds of all parts on a machine, with `ranks` ranks of which a tensor-parallel
+    /// group has `tensor`.
+    pub(in crate::plan) fn price(&mut self, machine: &Machine, ranks: usize, tensor: usize) -> Result<()> {
         let Self { blocks, input, loss, input_grad, only, first, middle: _, last, .. } = self;
         let mut parts = vec![input];
         parts.extend(loss);
@@ -166,7 +167,7 @@ impl Training {
         for Params { norm, step, .. } in params {
             parts.extend([norm, step]);
         }
-        parts.into_iter().try_for_each(|part| part.price(machine, ranks))
+        parts.into_iter().try_for_each(|part| part.price(machine, ranks, tensor))
     }
 
     /// The seconds of a forward and a backward through the fastest kind of block.

@@ -66,11 +66,11 @@ mod tests {
     use super::*;
     use std::fs;
 
-    /// The error of a preset's JSON in which `from` is replaced.
+    /// The error of a preset's JSON in which the first `from` is replaced.
     fn error(from: &str, to: &str) -> String {
         let text = Machine::preset("h200").unwrap().to_json().unwrap();
-        assert_eq!(text.matches(from).count(), 1, "{from} in {text}");
-        let error = Machine::parse(&text.replace(from, to)).unwrap_err();
+        assert!(text.contains(from), "{from} in {text}");
+        let error = Machine::parse(&text.replacen(from, to, 1)).unwrap_err();
         assert!(matches!(error, Error::Invalid { op: OP, .. }), "{error}");
         error.to_string()
     }
@@ -87,8 +87,12 @@ mod tests {
     fn numbers_that_no_machine_has_are_named() {
         let cases = [
             ("\"ranks\": 8", "\"ranks\": 0", "machine: `ranks` is 0, but has to be positive"),
-            ("\"launch\": 4.6e-6", "\"launch\": -4.0", "machine: `launch` is -4, but has to be at least 0"),
-            ("4800000000000.0", "-1.5", "machine: `copies.peak` is -1.5, but has to be positive"),
+            (
+                "\"launch\": 4.6e-6",
+                "\"launch\": -4.0",
+                "machine: `rates.launch` is -4, but has to be at least 0",
+            ),
+            ("4800000000000.0", "-1.5", "machine: `bf16.copies.peak` is -1.5, but has to be positive"),
             (
                 "\"fits\": 0.82",
                 "\"fits\": 0.93",
@@ -99,9 +103,12 @@ mod tests {
         for (from, to, want) in cases {
             assert_eq!(error(from, to), want);
         }
-        // The list of efficiencies of `copies` is the only one with this size.
+        // The lists of efficiencies of `copies` are the only ones with this size.
         let got = error("10000000.0", "1000000");
-        assert_eq!(got, "machine: `copies.efficiency` has size 1000000 before 1000000, but has to ascend");
+        assert_eq!(
+            got,
+            "machine: `bf16.copies.efficiency` has size 1000000 before 1000000, but has to ascend"
+        );
     }
 
     #[test]
@@ -134,7 +141,7 @@ mod tests {
         let mut machine = Machine::preset("h200").unwrap();
         machine.overlap = f64::NAN;
         let error = machine.to_json().unwrap_err().to_string();
-        assert_eq!(error, "machine: `overlap` is NaN, but has to be at least 1");
+        assert_eq!(error, "machine: `overlap` is NaN, but has to be between 1 and 2");
     }
 
     #[test]

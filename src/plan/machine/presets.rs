@@ -1,8 +1,7 @@
 //! Machines with published rates.
 
-use super::{Link, Machine, OP, Rate};
+use super::{Link, Machine, OP, Rate, Rates, TypeRates};
 use crate::error::{Error, Result};
-use std::collections::BTreeMap;
 
 /// 1 GiB in bytes.
 const GIB: u64 = 1 << 30;
@@ -44,6 +43,7 @@ fn a100_80g() -> Machine {
     let products = [(0.0, 0.1), (1e9, 0.4), (16e9, 0.7), (128e9, 0.8)];
     // FlashAttention-2 reaches 0.55 to 0.7 of the peak of products (Dao, 2023, arXiv 2307.08691).
     let attention = [(0.0, 0.1), (1e9, 0.4), (16e9, 0.6)];
+    let copies = Rate { peak: 2039e9, efficiency: vec![(0.0, 0.3), (1e6, 0.6), (10e6, 0.75), (100e6, 0.9)] };
     Machine {
         name: "a100-80g".into(),
         ranks: 8,
@@ -51,22 +51,53 @@ fn a100_80g() -> Machine {
         memory: 80 * GIB,
         fits: 0.82,
         tight: 0.92,
-        products: rates(312e12, 19.5e12, &products),
-        attention: rates(312e12, 19.5e12, &attention),
-        copies: Rate { peak: 2039e9, efficiency: vec![(0.0, 0.3), (1e6, 0.6), (10e6, 0.75), (100e6, 0.9)] },
-        launch: 4e-6,
+        rates: rates(8, 4e-6, [312e12, 19.5e12], [&products, &attention], copies),
         node: Link { latency: 10e-6, bandwidth: 0.65 * 300e9 },
-        network: Link { latency: 20e-6, bandwidth: 0.9 * 25e9 },
+        network: Some(Link { latency: 20e-6, bandwidth: 0.9 * 25e9 }),
         overlap: 1.2,
         error: 0.1,
+        ..published()
     }
 }
 
-/// The rates of bf16, f16 and f32 by their peaks, which have the same efficiencies.
-fn rates(half: f64, single: f64, efficiency: &[(f64, f64)]) -> BTreeMap<String, Rate> {
-    let rate = |peak| Rate { peak, efficiency: efficiency.to_vec() };
-    let all = [("bf16", rate(half)), ("f16", rate(half)), ("f32", rate(single))];
-    all.into_iter().map(|(dtype, rate)| (dtype.into(), rate)).collect()
+/// What machines with published rates have in common.
+fn published() -> Machine {
+    Machine {
+        name: String::new(),
+        ranks: 1,
+        ranks_per_node: 1,
+        memory: GIB,
+        shares_memory: false,
+        fits: 1.0,
+        tight: 1.0,
+        rates: Vec::new(),
+        node: Link { latency: 0.0, bandwidth: 1.0 },
+        collectives: Vec::new(),
+        network: None,
+        buffered: false,
+        overlap: 1.0,
+        error: 0.0,
+        transport: None,
+        runs: Vec::new(),
+    }
+}
+
+/// The rates of a node's ranks by their number, the launch of a kernel, the peaks of bf16 and f16,
+/// and of f32, and the efficiencies of products and of attention.
+fn rates(
+    ranks: usize,
+    launch: f64,
+    [half, single]: [f64; 2],
+    [products, attention]: [&[(f64, f64)]; 2],
+    copies: Rate,
+) -> Vec<Rates> {
+    let of = |peak: f64| {
+        let rate = |efficiency: &[(f64, f64)]| Rate { peak, efficiency: efficiency.to_vec() };
+        TypeRates::new(rate(products), rate(attention), copies.clone())
+    };
+    let types = [("bf16", of(half)), ("f16", of(half)), ("f32", of(single))];
+    let types = types.into_iter().map(|(dtype, rates)| (dtype.into(), rates)).collect();
+    vec![Rates { ranks, threads: 1, launch, types }]
 }
 
 /// A node of eight H200 SXM with NVLink, and one NDR InfiniBand port for each GPU.
@@ -87,9 +118,6 @@ fn rates(half: f64, single: f64, efficiency: &[(f64, f64)]) -> BTreeMap<String, 
 /// * `fits`, `tight`: calibrated on A100s to runs of Llama models (Hagemann et al., 2023, arXiv
 ///   2311.05610).
 fn h200() -> Machine {
-    let products = [(0.0, 0.1), (1e9, 0.4), (16e9, 0.6), (100e9, 0.67), (1e12, 0.75)];
-    let attention = [(0.0, 0.1), (1e9, 0.2), (16e9, 0.3)];
-    let copies = vec![(0.0, 0.3), (1e6, 0.45), (10e6, 0.6), (100e6, 0.75), (1e9, 0.8)];
     Machine {
         name: "h200".into(),
         ranks: 8,
@@ -97,23 +125,29 @@ fn h200() -> Machine {
         memory: 143_771 << 20,
         fits: 0.82,
         tight: 0.92,
-        products: rates(989.4e12, 67e12, &products),
-        attention: rates(989.4e12, 67e12, &attention),
-        copies: Rate { peak: 4.8e12, efficiency: copies },
-        launch: 4.6e-6,
+        rates: hopper([989.4e12, 67e12], 4.8e12),
         node: Link { latency: 4e-6, bandwidth: 336e9 },
-        network: Link { latency: 19e-6, bandwidth: 36e9 },
+        network: Some(Link { latency: 19e-6, bandwidth: 36e9 }),
         overlap: 1.2,
         error: 0.15,
+        ..published()
     }
+}
+
+/// Rates with the efficiencies and the launch of the H200, by the peaks of operations and of
+/// memory.
+fn hopper(peaks: [f64; 2], memory: f64) -> Vec<Rates> {
+    let products = [(0.0, 0.1), (1e9, 0.4), (16e9, 0.6), (100e9, 0.67), (1e12, 0.75)];
+    let attention = [(0.0, 0.1), (1e9, 0.2), (16e9, 0.3)];
+    let copies = vec![(0.0, 0.3), (1e6, 0.45), (10e6, 0.6), (100e6, 0.75), (1e9, 0.8)];
+    rates(8, 4.6e-6, peaks, [&products, &attention], Rate { peak: memory, efficiency: copies })
 }
 
 /// A node of eight H100 SXM of 80 GB. NVIDIA's data sheet has the peaks of the H200, but 3.35 TB/s.
 /// The efficiencies are those of the H200.
 fn h100_80g() -> Machine {
-    let h200 = h200();
-    let copies = Rate { peak: 3.35e12, ..h200.copies };
-    Machine { name: "h100-80g".into(), memory: 80 * GIB, copies, ..h200 }
+    let rates = hopper([989.4e12, 67e12], 3.35e12);
+    Machine { name: "h100-80g".into(), memory: 80 * GIB, rates, ..h200() }
 }
 
 /// A node of eight L40S, which are connected by PCIe 4.0 x16 and have no NVLink.
@@ -127,21 +161,15 @@ fn h100_80g() -> Machine {
 /// * Efficiencies and launch: no published measurement. They are those of the H200, so the error is
 ///   larger.
 fn l40s_pcie() -> Machine {
-    let h200 = h200();
-    let peaks = |rates: &BTreeMap<String, Rate>| {
-        let efficiency = |dtype: &str| rates[dtype].efficiency.clone();
-        self::rates(362e12, 91.6e12, &efficiency("bf16"))
-    };
+    let pcie = Link { latency: 10e-6, bandwidth: 0.9 * 25e9 };
     Machine {
         name: "l40s-pcie".into(),
         memory: 45 * GIB,
-        products: peaks(&h200.products),
-        attention: peaks(&h200.attention),
-        copies: Rate { peak: 864e9, ..h200.copies },
-        node: Link { latency: 10e-6, bandwidth: 0.9 * 25e9 },
-        network: Link { latency: 20e-6, bandwidth: 0.9 * 25e9 },
+        rates: hopper([362e12, 91.6e12], 864e9),
+        node: pcie,
+        network: Some(Link { latency: 20e-6, ..pcie }),
         error: 0.25,
-        ..h200
+        ..h200()
     }
 }
 
@@ -160,6 +188,7 @@ fn l40s_pcie() -> Machine {
 fn cpu_1gbe() -> Machine {
     let peak = 8.0 * 32.0 * 3e9;
     let ethernet = Link { latency: 50e-6, bandwidth: 117e6 };
+    let (products, attention) = ([(0.0, 0.1), (8.4e6, 0.5), (1e9, 0.8)], [(0.0, 0.05), (1e9, 0.3)]);
     Machine {
         name: "cpu-1gbe".into(),
         ranks: 4,
@@ -168,15 +197,13 @@ fn cpu_1gbe() -> Machine {
         // The operating system and other programs use the rest.
         fits: 0.8,
         tight: 0.9,
-        products: rates(peak, peak, &[(0.0, 0.1), (8.4e6, 0.5), (1e9, 0.8)]),
-        attention: rates(peak, peak, &[(0.0, 0.05), (1e9, 0.3)]),
-        copies: Rate::constant(32e9),
-        launch: 0.5e-6,
+        rates: rates(1, 0.5e-6, [peak, peak], [&products, &attention], Rate::constant(32e9)),
         node: ethernet,
-        network: ethernet,
+        network: Some(ethernet),
         // Messages are copied by cores that also compute.
         overlap: 1.2,
         error: 0.3,
+        ..published()
     }
 }
 
@@ -194,9 +221,8 @@ mod tests {
             let machine = Machine::preset(name).unwrap();
             machine.check().unwrap();
             assert_eq!(machine.name, name);
-            for rates in [&machine.products, &machine.attention] {
-                assert_eq!(rates.keys().collect::<Vec<_>>(), ["bf16", "f16", "f32"], "{name}");
-            }
+            let types: Vec<_> = machine.rates[0].types.keys().collect();
+            assert_eq!(types, ["bf16", "f16", "f32"], "{name}");
         }
         let error = Machine::preset("tpu").unwrap_err().to_string();
         assert!(error.contains("`tpu`") && error.contains("cpu-1gbe"), "{error}");
@@ -209,7 +235,8 @@ mod tests {
             let error = seconds / measured - 1.0;
             assert!(error.abs() < machine.error, "{what}: {seconds} s, measured {measured} s");
         };
-        let kernel = |kind, dtype, flops, bytes| machine.kernel(&Work { kind, dtype, flops, bytes }).unwrap();
+        let kernel =
+            |kind, dtype, flops, bytes| machine.kernel(&Work { kind, dtype, flops, bytes }, 1).unwrap();
         let product = |m: u64, k: u64, n: u64| {
             kernel(WorkKind::Product, DType::BF16, 2 * m * k * n, 2 * (m * k + k * n + m * n))
         };

@@ -113,7 +113,8 @@ impl On<'_> {
     }
 
     fn kernel(&self, kind: WorkKind, flops: f64, bytes: f64) -> Result<f64> {
-        self.machine.kernel(&Work { kind, dtype: DTYPE, flops: flops as u64, bytes: bytes as u64 })
+        let work = Work { kind, dtype: DTYPE, flops: flops as u64, bytes: bytes as u64 };
+        self.machine.kernel(&work, self.run.ranks())
     }
 
     /// A product of `[m, k]` and `[k, n]`.

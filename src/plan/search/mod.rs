@@ -5,7 +5,7 @@ mod serving;
 mod training;
 
 use self::refusals::Refusals;
-use super::{Goal, Job, Limits, Machine, Memory, Plans, Verdict};
+use super::{Goal, Job, Limits, Machine, Memory, Parts, Plan, Plans, Strategy, Verdict};
 use crate::error::{Error, Result};
 
 const OP: &str = "plan";
@@ -58,10 +58,56 @@ pub fn plan(job: &Job, machine: &Machine) -> Result<Plans> {
 pub fn plan_within(job: &Job, machine: &Machine, limits: &Limits) -> Result<Plans> {
     machine.check()?;
     check(job, machine, limits)?;
-    match job.goal {
-        Goal::Train { batch, tokens } => training::search(job, machine, limits, batch, tokens),
-        Goal::Serve { batch, context } => serving::search(job, machine, limits, batch, context),
+    let calibrated = machine.calibrated();
+    let plans = match job.goal {
+        Goal::Train { batch, tokens } => training::search(job, &calibrated, limits, batch, tokens),
+        Goal::Serve { batch, context } => serving::search(job, &calibrated, limits, batch, context),
+    };
+    plans.map(|plans| Plans { machine: machine.clone(), ..plans })
+}
+
+/// The plan of one strategy, whatever its memory. The machine's rates are calibrated to its runs.
+///
+/// # Errors
+/// As [`plan_within`], as [`Strategy::check`], and when the model has fewer blocks than the strategy
+/// has stages.
+pub fn predict(job: &Job, machine: &Machine, strategy: &Strategy) -> Result<Plan> {
+    strategy.check()?;
+    let (layers, stages) = (job.model.layers.len(), strategy.stages());
+    if layers < stages {
+        return Err(Error::sizes(OP, "the number of blocks", layers, "that of stages", stages));
     }
+    machine.check()?;
+    let Strategy { data, pipeline, tensor, .. } = *strategy;
+    let limits = Limits::default().with_data(data).with_pipeline(pipeline).with_tensor(tensor);
+    check(job, machine, &limits)?;
+    let machine = machine.calibrated();
+    match job.goal {
+        Goal::Train { batch, tokens } => training::predict(job, &machine, *strategy, batch, tokens),
+        Goal::Serve { batch, context } => serving::evaluate(job, &machine, strategy, batch, context),
+    }
+}
+
+/// The predicted seconds of a strategy's step by what takes them, without calibration.
+///
+/// A step is a sum of maxima of sums of seconds, so its parts are its derivatives with respect to
+/// factors of each.
+///
+/// # Errors
+/// As [`predict`].
+pub fn parts(job: &Job, machine: &Machine, strategy: &Strategy) -> Result<Parts> {
+    const MORE: f64 = 1e-3;
+    let machine = Machine { runs: Vec::new(), ..machine.clone() };
+    let seconds = |factors| Ok(predict(job, &machine.scaled(factors), strategy)?.seconds);
+    let whole = seconds([1.0; 3])?;
+    let part = |at: usize| {
+        let mut factors = [1.0; 3];
+        factors[at] += MORE;
+        // A rounding error may make a part that is 0 negative.
+        Ok::<_, Error>(((seconds(factors)? - whole) / MORE).max(0.0))
+    };
+    let (memory, transfers) = (part(1)?, part(2)?);
+    Ok(Parts { operations: (whole - memory - transfers).max(0.0), memory, transfers })
 }
 
 /// Checks the sizes of a job, and that the limits can be kept.
@@ -156,8 +202,8 @@ fn replicas(batch: usize, ranks: usize, of_node: usize, limits: &Limits) -> Vec<
 }
 
 /// Whether a memory suffices.
-fn verdict(machine: &Machine, memory: &Memory) -> Verdict {
-    let share = memory.total() as f64 / machine.memory as f64;
+fn verdict(machine: &Machine, strategy: &Strategy, memory: &Memory) -> Verdict {
+    let share = memory.total() as f64 / machine.rank_memory(strategy.ranks()) as f64;
     if share <= machine.fits {
         Verdict::Fits
     } else if share <= machine.tight {

@@ -1,6 +1,6 @@
 //! Counts of refused strategies.
 
-use crate::plan::{Refusal, Strategy, text};
+use crate::plan::{Machine, Refusal, Strategy, text};
 use std::collections::BTreeMap;
 
 /// Why strategies were refused.
@@ -29,12 +29,13 @@ impl Refusals {
         }
     }
 
-    /// Lists the reasons. `limit` is the memory that a plan may use.
-    pub(super) fn list(self, limit: u64) -> Vec<Refusal> {
+    /// Lists the reasons.
+    pub(super) fn list(self, machine: &Machine) -> Vec<Refusal> {
         let mut all: Vec<_> =
             self.counts.into_iter().map(|(reason, count)| Refusal { count, reason }).collect();
         if let Some((bytes, strategy)) = self.nearest {
-            let (needed, limit) = (text::bytes(bytes), text::bytes(limit));
+            let limit = machine.rank_memory(strategy.ranks()) as f64 * machine.tight;
+            let (needed, limit) = (text::bytes(bytes), text::bytes(limit as u64));
             let reason = format!(
                 "out of memory: {strategy}, which needs the least, holds at least {needed}, but a plan may hold {limit}"
             );

@@ -35,12 +35,18 @@ pub(super) fn search(
     }
     plans.sort_by(Plan::order);
     plans.truncate(BEST);
-    let limit = (machine.memory as f64 * machine.tight) as u64;
-    let refused = refusals.list(limit);
+    let refused = refusals.list(machine);
     Ok(Plans { job: job.clone(), machine: machine.clone(), best: plans, considered, refused })
 }
 
-fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, context: usize) -> Result<Plan> {
+/// The plan of one strategy, whatever its memory.
+pub(super) fn evaluate(
+    job: &Job,
+    machine: &Machine,
+    strategy: &Strategy,
+    batch: usize,
+    context: usize,
+) -> Result<Plan> {
     let Strategy { data, tensor, sequences, .. } = *strategy;
     let run = match job.dtype {
         DType::F32 => Serving::run::<f32>,
@@ -50,7 +56,7 @@ fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, con
     let mut ranks = Vec::new();
     for rank in dry::distinct_ranks(&job.model, tensor, sequences)? {
         let mut serving = run(&job.model, (rank, tensor), (sequences, context), job.dtype)?;
-        serving.price(machine, tensor)?;
+        serving.price(machine, strategy.ranks(), tensor)?;
         ranks.push(serving);
     }
     let memory = |serving: &Serving| Memory {
@@ -82,7 +88,7 @@ fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, con
     let flops = slowest.decode.flops().saturating_mul((tensor * data) as u128);
     Ok(Plan {
         strategy: *strategy,
-        verdict: verdict(machine, &memory),
+        verdict: verdict(machine, strategy, &memory),
         seconds: decode.total(),
         error: machine.error,
         tokens_per_second: batch as f64 / decode.total(),
@@ -90,6 +96,8 @@ fn evaluate(job: &Job, machine: &Machine, strategy: &Strategy, batch: usize, con
         bubble: 0.0,
         exposed: Exposed { tensor: decode.transfers, ..Exposed::default() },
         exchange: 0.0,
+        buffered: machine.buffered,
+        threads: machine.rates(strategy.ranks())?.threads,
         flops: u64::try_from(flops).unwrap_or(u64::MAX),
         ranks: vec![RankUse {
             pipeline: 0,

@@ -26,7 +26,7 @@ struct Search<'a> {
     /// The kind of each block.
     kinds: Vec<usize>,
     /// By the values of a strategy on which they depend.
-    groups: HashMap<(usize, bool, usize, bool), Group>,
+    groups: HashMap<(usize, bool, usize, bool, usize), Group>,
 }
 
 /// A strategy that may fit, and a time that its step is not below.
@@ -44,7 +44,6 @@ pub(super) fn search(
     tokens: usize,
 ) -> Result<Plans> {
     let (_, kinds) = dry::kinds(&job.model);
-    let limit = machine.memory as f64 * machine.tight;
     let mut search = Search { job, machine, batch, tokens, kinds, groups: HashMap::new() };
     let (mut refusals, mut considered, mut candidates) = (impossible(job, machine, batch), 0, Vec::new());
     for sizes in search.strategies(limits) {
@@ -52,6 +51,7 @@ pub(super) fn search(
         let mut least = 0;
         for strategy in sizes {
             // Larger microbatches of a mesh hold more.
+            let limit = machine.rank_memory(strategy.ranks()) as f64 * machine.tight;
             if least as f64 > limit {
                 refusals.out_of_memory(least, &strategy);
                 continue;
@@ -110,8 +110,25 @@ pub(super) fn search(
         }
     }
     best.truncate(BEST);
-    let refused = refusals.list(limit as u64);
+    let refused = refusals.list(machine);
     Ok(Plans { job: job.clone(), machine: machine.clone(), best, considered, refused })
+}
+
+/// The plan of one strategy, whatever its memory.
+pub(super) fn predict(
+    job: &Job,
+    machine: &Machine,
+    strategy: Strategy,
+    batch: usize,
+    tokens: usize,
+) -> Result<Plan> {
+    let (_, kinds) = dry::kinds(&job.model);
+    let mut search = Search { job, machine, batch, tokens, kinds, groups: HashMap::new() };
+    let group = search.group(&strategy)?;
+    let memory = search.memory(&group, &strategy)?;
+    let fullest = memory.iter().max_by_key(|memory| memory.total());
+    let verdict = fullest.map_or(Verdict::OutOfMemory, |memory| verdict(machine, &strategy, memory));
+    search.plan(&group, strategy, memory, verdict)
 }
 
 impl Search<'_> {
@@ -148,14 +165,16 @@ impl Search<'_> {
     /// The dry runs of a strategy.
     fn group(&mut self, strategy: &Strategy) -> Result<Group> {
         let Strategy { tensor, sequence_parallel, sequences, pipeline, .. } = *strategy;
-        let key = (tensor, sequence_parallel, sequences, pipeline > 1 && self.job.model.tied);
+        // Kernels have the rates of the ranks that compute.
+        let ranks = self.machine.rates(strategy.ranks())?.ranks;
+        let key = (tensor, sequence_parallel, sequences, pipeline > 1 && self.job.model.tied, ranks);
         if let Some(group) = self.groups.get(&key) {
             return Ok(Rc::clone(group));
         }
         let mut group = Vec::new();
         for rank in dry::distinct_ranks(&self.job.model, tensor, sequences * self.tokens)? {
             let mut training = preview::training(self.job, strategy, rank, self.tokens)?;
-            training.price(self.machine, tensor)?;
+            training.price(self.machine, strategy.ranks(), tensor)?;
             group.push(training);
         }
         let group = Rc::new(group);
@@ -220,7 +239,8 @@ impl Search<'_> {
             let strategy = strategy.with_recomputed(recomputed);
             let memory = self.memory(&group, &strategy)?;
             let fullest = memory.iter().max_by_key(|memory| memory.total());
-            let verdict = fullest.map_or(Verdict::OutOfMemory, |memory| verdict(self.machine, memory));
+            let verdict =
+                fullest.map_or(Verdict::OutOfMemory, |memory| verdict(self.machine, &strategy, memory));
             Ok::<_, Error>((strategy, memory, verdict))
         };
         let mut plan = planned(0)?;
@@ -272,7 +292,8 @@ impl Search<'_> {
             Some(transfer) if pipeline > 1 => machine.seconds(&transfer, pipeline, tensor),
             _ => 0.0,
         };
-        let (mut ranks, mut update, mut reduce, mut flops) = (Vec::new(), 0.0_f64, 0.0_f64, 0_u128);
+        let (mut ranks, mut flops) = (Vec::new(), 0_u128);
+        let (mut update, mut ends, mut reduce) = (0.0_f64, 0.0_f64, 0.0_f64);
         let mut tensor_time = Vec::new();
         for (rank, memory) in memory.into_iter().enumerate() {
             let stages: Vec<_> = group.iter().map(|dry| self.stage(dry, &strategy, rank)).collect();
@@ -294,10 +315,11 @@ impl Search<'_> {
             let hidden = passes.first().map_or(0.0, |passes| passes.backward);
             for stage in &stages {
                 update = update.max(stage.update_time());
-                let times = stage.reduce_times(machine);
+                ends = ends.max(stage.end_times(machine));
+                let (times, copies) = stage.reduce_times(machine)?;
                 let (all, last) = (times.iter().sum::<f64>(), times.last().copied().unwrap_or(0.0));
-                let slower = (machine.overlap - 1.0) * all.min(hidden);
-                reduce = reduce.max((all - hidden).max(last) + slower);
+                let exposed = (all - hidden).max(last);
+                reduce = reduce.max(exposed + (machine.overlap - 1.0) * (all - exposed) + copies);
             }
             // The ranks of a group have different shards, but their operations add up.
             let mean = stages.iter().map(|stage| u128::from(stage.flops())).sum::<u128>()
@@ -307,10 +329,10 @@ impl Search<'_> {
             ranks.push(RankUse { pipeline: rank, memory, passes, sent });
         }
         let passes: Vec<_> = ranks.iter().map(|rank| rank.passes.clone()).collect();
-        let timeline = timeline::simulate(&strategy.schedule()?, &passes, exchange)?;
+        let timeline = timeline::simulate(&strategy.schedule()?, &passes, exchange, machine.buffered)?;
         let busiest = (0..pipeline).max_by(|&a, &b| timeline.busy(a).total_cmp(&timeline.busy(b)));
         let busiest = busiest.unwrap_or(0);
-        let seconds = timeline.seconds + reduce + update;
+        let seconds = timeline.seconds + reduce + ends + update;
         let messages = timeline.ranks[busiest].iter().filter(|span| span.work == SpanWork::Exchange).count();
         Ok(Plan {
             strategy,
@@ -323,9 +345,11 @@ impl Search<'_> {
             exposed: Exposed {
                 tensor: tensor_time[busiest],
                 data: reduce,
-                pipeline: messages as f64 * exchange,
+                pipeline: messages as f64 * exchange + ends,
             },
             exchange,
+            buffered: machine.buffered,
+            threads: machine.rates(strategy.ranks())?.threads,
             flops: u64::try_from(flops).unwrap_or(u64::MAX),
             ranks,
         })

@@ -31,7 +31,7 @@ const GAP: f64 = 40.0;
 
 /// Draws the memory of each pipeline rank as a bar of its parts, with the limits of the machine.
 pub(super) fn memory(report: &Report, plan: &Plan) -> String {
-    let capacity = report.machine.memory as f64;
+    let capacity = report.machine.rank_memory(plan.strategy.ranks()) as f64;
     let totals = plan.ranks.iter().map(|rank| rank.memory.total() as f64);
     let scale = AREA / totals.fold(capacity, f64::max);
     let top = 40.0;
