@@ -16,7 +16,8 @@
 //! | [`Plans`], [`Plan`] | the results; a plan is read from a file by [`Plan::read`] |
 //! | [`Strategy`] | the mesh, schedule and options that constructors take |
 //! | [`Preview`] | what one rank of a strategy holds, computes and moves |
-//! | [`Machine`] | rates of kernels and links: a preset, or a file |
+//! | [`predict`], [`parts`] | the plan of one strategy, and what its step consists of |
+//! | [`Machine`] | rates of kernels and links: a preset, a file, or measured by [`Measure`] |
 //! | [`Timeline`] | the passes and exchanges of a pipeline |
 //! | [`megatron`] | closed forms for models that Megatron-LM trains |
 
@@ -24,6 +25,7 @@ mod dry;
 mod job;
 mod limits;
 mod machine;
+mod measure;
 pub mod megatron;
 mod outcome;
 mod preview;
@@ -39,6 +41,7 @@ mod traffic;
 pub use job::{Goal, Job};
 pub use limits::Limits;
 pub use machine::{Collective, Link, Machine, Parts, Rate, Rates, Run, Transport, TypeRates};
+pub use measure::Measure;
 pub use outcome::{Exposed, Memory, Plan, Plans, RankUse, Refusal, Verdict};
 pub use preview::Preview;
 pub use search::{parts, plan, plan_within, predict};

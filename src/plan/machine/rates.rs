@@ -116,6 +116,16 @@ impl Rate {
         Self { peak, efficiency: vec![(0.0, 1.0)] }
     }
 
+    /// The rate that is nearest to measured operations, as `(size, seconds)` by ascending size. An
+    /// operation has the rate of the measured one whose size is nearest, as a ratio.
+    pub(in crate::plan) fn measured(operations: &[(f64, f64)]) -> Self {
+        let rates: Vec<_> = operations.iter().map(|(size, seconds)| size / seconds).collect();
+        let peak = rates.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
+        let from = |at: usize| if at == 0 { 0.0 } else { (operations[at - 1].0 * operations[at].0).sqrt() };
+        let efficiency = rates.iter().enumerate().map(|(at, rate)| (from(at), rate / peak));
+        Self { peak, efficiency: efficiency.collect() }
+    }
+
     fn check(&self, what: &str) -> Result<()> {
         let reason = if !(self.peak.is_finite() && self.peak > 0.0) {
             format!("`{what}.peak` is {}, but has to be positive", self.peak)

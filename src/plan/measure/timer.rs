@@ -1,0 +1,66 @@
+//! Times calls that all ranks of a group make at the same moments.
+
+use super::samples::Sample;
+use crate::{
+    comm::{Group, ReduceOp},
+    device::Element,
+    error::Result,
+    kernels::Backend,
+};
+use std::time::Instant;
+
+/// Times calls on all ranks of a group at once.
+pub(super) struct Timer<'a, B: Backend> {
+    pub(super) group: &'a Group<B>,
+    /// The device with which this rank computes.
+    pub(super) device: B,
+    /// The seconds of a measurement.
+    budget: f64,
+}
+
+/// The batches of a measurement, of which the median counts.
+const BATCHES: usize = 3;
+
+impl<'a, B: Backend> Timer<'a, B> {
+    pub(super) fn new(group: &'a Group<B>, device: B, budget: f64) -> Self {
+        Self { group, device, budget }
+    }
+
+    /// Whether a call that takes so long is not worth repeating at a larger size.
+    pub(super) fn is_long(&self, seconds: f64) -> bool {
+        seconds > 2.0 * self.budget
+    }
+
+    /// The seconds of a sample's kernels.
+    pub(super) fn sample<T: Element>(&self, sample: &Sample) -> Result<f64> {
+        sample.run::<T, B>(&self.device, &mut |run| self.seconds(run))
+    }
+
+    /// The seconds of a call: the median over three batches of calls, and the mean over the ranks.
+    /// All ranks make as many calls, so a call may be a collective.
+    pub(super) fn seconds(&self, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        // The first call allocates, and on GPUs compiles kernels.
+        run()?;
+        let once = self.batch(1, run)?;
+        let once = self.group.all_reduce_host(ReduceOp::Max, &[once])?[0];
+        let repeats = (self.budget / BATCHES as f64 / once.max(1e-8)).clamp(1.0, 1e5) as usize;
+        let mut batches = [once; BATCHES];
+        if once < self.budget {
+            for seconds in &mut batches {
+                self.group.barrier()?;
+                *seconds = self.batch(repeats, run)?;
+            }
+        }
+        batches.sort_by(f64::total_cmp);
+        let sum = self.group.all_reduce_host(ReduceOp::Sum, &[batches[BATCHES / 2]])?[0];
+        Ok(sum / self.group.size() as f64)
+    }
+
+    fn batch(&self, repeats: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        self.device.synchronize()?;
+        let start = Instant::now();
+        (0..repeats).try_for_each(|_| run())?;
+        self.device.synchronize()?;
+        Ok(start.elapsed().as_secs_f64() / repeats as f64)
+    }
+}
