@@ -252,6 +252,7 @@ impl Sample {
                 time(&mut || device.dropout(&mask, x.mat(), y.mat_mut()?))
             }
             Self::Update(len) => {
+                let rows = len / COLUMNS;
                 let step = AdamWStep {
                     lr: 1e-3,
                     beta1: 0.9,
@@ -261,14 +262,14 @@ impl Sample {
                     step: 10,
                     grad_scale: 1.0,
                 };
-                let grad = tensor::<T::Acc, B>(device, 1, len)?;
+                let grad = tensor::<T::Acc, B>(device, rows, COLUMNS)?;
                 let mut weight = tensor::<T, B>(device, 1, len)?;
                 // f32 is its own master.
                 let has_master = size_of::<T>() < size_of::<T::Acc>();
                 let mut master = tensor::<T::Acc, B>(device, 1, if has_master { len } else { 0 })?;
                 let (mut first, mut second) =
                     (tensor::<T::Acc, B>(device, 1, len)?, tensor::<T::Acc, B>(device, 1, len)?);
-                let mut sums = tensor::<f64, B>(device, 1, 3)?;
+                let mut sums = tensor::<f64, B>(device, 1, rows)?;
                 time(&mut || {
                     device.square_sums(grad.mat(), sums.slice_mut()?)?;
                     let master = if has_master { Some(master.slice_mut()?) } else { None };
@@ -325,7 +326,7 @@ mod tests {
         assert_eq!(work(Sample::Copies(1024)), (0, 4 * 1024 * (2 + 3 + 3), 3));
         // 4 · 65 · 64 / 2 pairs of 64 features, and 2 + 5 products.
         assert_eq!(work(Sample::Attention(64)).0, 7 * 2 * 64 * 4 * 65 * 64 / 2);
-        assert_eq!(work(Sample::Update(100)).1, 4 * 100 + 8 * 3 + 4 * 100 * (1 + 2 * 3));
+        assert_eq!(work(Sample::Update(1024)).1, 4 * 1024 + 8 * 2 + 4 * 1024 * (1 + 2 * 3));
         // The sizes of a family ascend, so that rates by size can be made from them.
         for (family, samples) in families() {
             let sizes = samples.map(|sample| sample.work::<f32>().unwrap().bytes);
