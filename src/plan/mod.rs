@@ -16,6 +16,7 @@
 //! | [`Plans`], [`Plan`] | the results; a plan is read from a file by [`Plan::read`] |
 //! | [`Strategy`] | the mesh, schedule and options that constructors take |
 //! | [`Preview`] | what one rank of a strategy holds, computes and moves |
+//! | [`time_steps`] | the seconds of steps that ranks run, with random weights |
 //! | [`Machine`] | rates of kernels and links: a preset, or a file |
 //! | [`Timeline`] | the passes and exchanges of a pipeline |
 //! | [`megatron`] | closed forms for models that Megatron-LM trains |
@@ -35,6 +36,7 @@ mod strategy;
 pub mod text;
 mod timeline;
 mod traffic;
+mod trial;
 
 pub use job::{Goal, Job};
 pub use limits::Limits;
@@ -45,3 +47,4 @@ pub use search::{plan, plan_within};
 pub use strategy::Strategy;
 pub use timeline::{Passes, Span, SpanWork, Timeline};
 pub use traffic::{Traffic, Transfers};
+pub use trial::time_steps;
