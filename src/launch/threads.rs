@@ -12,6 +12,7 @@ use crate::{
 };
 use std::{
     any::Any,
+    num::NonZeroUsize,
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     rc::Rc,
@@ -62,13 +63,15 @@ pub struct Threads {
     ranks: usize,
     deadline: Duration,
     device: fn() -> Cpu,
+    gemm_threads: Option<NonZeroUsize>,
     flight: Option<PathBuf>,
 }
 
 impl Threads {
     /// Options for `ranks` ranks, each of which waits two minutes for the others in a collective.
     pub fn new(ranks: usize) -> Self {
-        Self { ranks, deadline: Duration::from_secs(120), device: Cpu::new, flight: trace::folder() }
+        let deadline = Duration::from_secs(120);
+        Self { ranks, deadline, device: Cpu::new, gemm_threads: None, flight: trace::folder() }
     }
 
     /// Sets how long a rank waits for the others in one collective.
@@ -93,6 +96,21 @@ impl Threads {
     /// Sets the function that creates each rank's device, on the rank's thread.
     pub fn device(self, device: fn() -> Cpu) -> Self {
         Self { device, ..self }
+    }
+
+    /// Sets the number of threads with which each rank's device computes GEMMs
+    /// ([`Cpu::with_threads`]). The default is the device's own number, 1 for [`Cpu::new`].
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// use std::num::NonZeroUsize;
+    /// let two = NonZeroUsize::MIN.saturating_add(1);
+    /// let ranks = launch::Threads::new(3).gemm_threads(two);
+    /// assert_eq!(ranks.run(|world| Ok(world.device().threads()))?, [2; 3]);
+    /// # Ok::<(), Error>(())
+    /// ```
+    pub fn gemm_threads(self, threads: NonZeroUsize) -> Self {
+        Self { gemm_threads: Some(threads), ..self }
     }
 
     /// Sets the folder for the ranks' flight records: see [`trace`]. The default is
@@ -169,7 +187,12 @@ impl Threads {
             trace::begin(job.clone(), number, self.ranks, self.flight.clone());
             let groups = Rc::new(JoinedGroups::default());
             let comm = ThreadComm::join(endpoint, Rc::clone(&groups));
-            let world = Group::new(Rc::new(comm), &(self.device)());
+            let device = (self.device)();
+            let device = match self.gemm_threads {
+                Some(threads) => device.with_threads(threads),
+                None => device,
+            };
+            let world = Group::new(Rc::new(comm), &device);
             let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
             // This thread leaves all its groups now, even groups that `rank` has leaked. It leaves
             // before it writes its record, so that ranks that wait for it learn at once why it

@@ -17,6 +17,7 @@
 //! | [`Strategy`] | the mesh, schedule and options that constructors take |
 //! | [`Preview`] | what one rank of a strategy holds, computes and moves |
 //! | [`predict`], [`parts`] | the plan of one strategy, and what its step consists of |
+//! | [`time_steps`] | the seconds of steps that ranks run, with random weights |
 //! | [`Machine`] | rates of kernels and links: a preset, a file, or measured by [`Measure`] |
 //! | [`Timeline`] | the passes and exchanges of a pipeline |
 //! | [`megatron`] | closed forms for models that Megatron-LM trains |
@@ -37,6 +38,7 @@ mod strategy;
 pub mod text;
 mod timeline;
 mod traffic;
+mod trial;
 
 pub use job::{Goal, Job};
 pub use limits::Limits;
@@ -48,3 +50,4 @@ pub use search::{parts, plan, plan_within, predict};
 pub use strategy::Strategy;
 pub use timeline::{Passes, Span, SpanWork, Timeline};
 pub use traffic::{Traffic, Transfers};
+pub use trial::time_steps;

@@ -35,11 +35,7 @@ impl Preview {
     /// As [`Strategy::check`]. Also when the mesh has no such rank, the model cannot be divided so,
     /// or the job is not training.
     pub fn new(job: &Job, strategy: &Strategy, rank: usize) -> Result<Self> {
-        strategy.check()?;
-        let (layers, stages) = (job.model.layers.len(), strategy.stages());
-        if layers < stages {
-            return Err(Error::sizes("plan", "the number of blocks", layers, "that of stages", stages));
-        }
+        strategy.check_for(&job.model)?;
         let mesh = strategy.mesh()?;
         if rank >= mesh.len() {
             return Err(Error::sizes("plan", "the rank", rank, "the ranks of the mesh", mesh.len()));

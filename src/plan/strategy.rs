@@ -2,6 +2,7 @@
 
 use crate::{
     error::{Error, Result},
+    models::DecoderConfig,
     shard::Mesh,
     train::Schedule,
 };
@@ -103,6 +104,16 @@ impl Strategy {
             return Err(Error::invalid(OP, reason));
         }
         self.schedule().map(drop)
+    }
+
+    /// Checks that the strategy can be run, and that each stage of `model` has a block.
+    pub(super) fn check_for(&self, model: &DecoderConfig) -> Result<()> {
+        self.check()?;
+        let (layers, stages) = (model.layers.len(), self.stages());
+        if layers < stages {
+            return Err(Error::sizes(OP, "the number of blocks", layers, "that of stages", stages));
+        }
+        Ok(())
     }
 
     /// The number of passes of a step in one direction, over all pipeline ranks.

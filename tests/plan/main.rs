@@ -1,8 +1,10 @@
-//! The planner: plans against training, the search, and published measurements.
+//! The planner: plans against training, the search, published measurements, and
+//! timed steps.
 
 mod published;
 mod search;
 mod training;
+mod trial;
 
 use shardwise::{
     device::DType,

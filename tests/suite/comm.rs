@@ -21,6 +21,7 @@ use shardwise::{
 };
 use std::{
     mem::forget,
+    num::NonZeroUsize,
     panic::resume_unwind,
     sync::atomic::{AtomicUsize, Ordering},
     thread::sleep,
@@ -403,6 +404,17 @@ fn more_ranks_than_there_can_be_are_refused_before_anything_is_made() {
         let error = Threads::new(number).run(|_| Ok(())).unwrap_err().to_string();
         assert_eq!(error, format!("launch: {number} ranks: at most 65536 can be threads of one process"));
     }
+}
+
+#[test]
+fn devices_get_the_threads_of_the_options_or_keep_their_own() {
+    let [three, five] = [3, 5].map(|threads| NonZeroUsize::new(threads).unwrap());
+    let own: fn() -> Cpu = || Cpu::new().with_threads(NonZeroUsize::new(3).unwrap());
+    let threads = |options: Threads| options.run(|group| Ok(group.device().threads())).unwrap();
+    assert_eq!(threads(Threads::new(2)), [1; 2]);
+    assert_eq!(threads(Threads::new(2).gemm_threads(three)), [3; 2]);
+    assert_eq!(threads(Threads::new(2).device(own)), [3; 2]);
+    assert_eq!(threads(Threads::new(2).gemm_threads(five).device(own)), [5; 2]);
 }
 
 #[test]

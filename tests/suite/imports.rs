@@ -26,7 +26,7 @@ const ALLOWED: [(&str, &[&str]); 19] = [
     ("weights", &["device", "tensor"]),
     ("weights/save", &["comm", "device", "kernels", "tensor"]),
     ("models", &["comm", "device", "kernels", "ops", "parallel", "tensor", "train", "weights"]),
-    ("plan", &["comm", "device", "models", "optim", "parallel", "tensor", "train"]),
+    ("plan", &["comm", "device", "kernels", "models", "optim", "parallel", "rng", "tensor", "train"]),
     ("reference", &["nothing: not even error and shard"]),
     ("lib", &["everything"]),
 ];
