@@ -14,7 +14,7 @@ use shardwise::{
     models::DecoderConfig,
     ops::{RopeConfig, RopeScaling},
     parallel::{AttentionConfig, BlockConfig},
-    plan::{Job, Machine, Measure, Parts, Run, Strategy, Transport, parts, predict, time_steps},
+    plan::{Goal, Job, Machine, Measure, Parts, Run, Strategy, Transport, parts, predict, time_steps},
 };
 use std::{num::NonZeroUsize, path::PathBuf};
 
@@ -183,7 +183,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let cores = std::thread::available_parallelism()?.get();
     let mut cases = Vec::new();
     for (model, job) in jobs() {
-        let shardwise::plan::Goal::Train { batch, .. } = job.goal else { continue };
+        let Goal::Train { batch, .. } = job.goal else { continue };
         for strategy in strategies(batch, job.model.layers.len()) {
             let parts = parts(&job, &machine, &strategy)?;
             cases.push(Case { model, job: job.clone(), strategy, parts, rounds: Vec::new() });

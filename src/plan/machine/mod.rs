@@ -51,7 +51,8 @@ pub struct Machine {
     /// A plan is tight if its peak is at most this share of the memory.
     pub tight: f64,
     /// The rates of a rank, by ascending number of ranks of its node that compute. The entry of a
-    /// plan is the first whose `ranks` is at least the plan's number of ranks of a node.
+    /// plan is the first whose `ranks` is at least the plan's number of ranks of a node. If there is
+    /// none, the plan has the rates of the last entry, and its ranks take turns.
     pub rates: Vec<Rates>,
     /// The link between ranks of a node.
     pub node: Link,
@@ -120,7 +121,7 @@ impl Machine {
     /// # Errors
     /// When a rate, a bandwidth, the memory or a number of ranks is not positive, when a share is
     /// not between 0 and 1, when a list is empty or not ascending, when a number is not finite, or
-    /// when a link or the rates for a number of ranks are missing. The error names the field and
+    /// when the rates or a link are missing. The error names the field and
     /// the number.
     pub fn check(&self) -> Result<()> {
         positive("ranks", self.ranks as f64)?;
@@ -142,14 +143,7 @@ impl Machine {
                 format!("`rates` has {first} ranks before {second}, but has to ascend"),
             ));
         }
-        let most = self.rates.last().map_or(0, |rates| rates.ranks);
-        if most < self.ranks_per_node.min(self.ranks) {
-            let reason = format!(
-                "`rates` has entries for at most {most} ranks of a node, but a node has {}",
-                self.ranks_per_node
-            );
-            return Err(Error::invalid(OP, reason));
-        }
+        self.rates(1)?;
         self.node.check("node")?;
         match self.network {
             Some(network) => network.check("network")?,

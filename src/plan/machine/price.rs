@@ -30,8 +30,16 @@ impl Machine {
         next.or(self.rates.last()).ok_or_else(|| Error::invalid(OP, "`rates` is empty"))
     }
 
+    /// The factor by which computation is slower because `ranks` ranks take turns: the number of
+    /// them in a node divided by that of the last entry of `rates`, if there are more.
+    pub fn turns(&self, ranks: usize) -> f64 {
+        let parallel = self.rates.last().map_or(1, |rates| rates.ranks.max(1));
+        (ranks.min(self.ranks_per_node) as f64 / parallel as f64).max(1.0)
+    }
+
     /// The seconds of a kernel if `ranks` ranks of the machine compute: those of its operations or
-    /// of its bytes, whichever are more, and the launch.
+    /// of its bytes, whichever are more, and the launch. If ranks take turns, these are the seconds
+    /// in which the rank computes.
     ///
     /// # Errors
     /// When the machine has no rates for the element type. A kernel on f64 has the rates of f32.
@@ -164,6 +172,10 @@ mod tests {
         machine.check().unwrap();
         let launch = |ranks| machine.rates(ranks).unwrap().launch;
         assert_eq!((launch(1), launch(2), launch(8), launch(64)), (1.0, 4.6e-6, 4.6e-6, 4.6e-6));
+        assert_eq!((machine.turns(1), machine.turns(64)), (1.0, 1.0));
+        machine.rates.truncate(1);
+        machine.check().unwrap();
+        assert_eq!([1, 3, 8, 64].map(|ranks| machine.turns(ranks)), [1.0, 3.0, 8.0, 8.0]);
         machine.rates.clear();
         assert!(machine.rates(1).is_err() && machine.check().is_err());
     }

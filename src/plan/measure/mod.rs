@@ -26,7 +26,8 @@ const OP: &str = "measure";
 
 /// Measures the machine on which the ranks of a group run.
 ///
-/// For 1, 2, 3, 4, 8, ... and all ranks of the group, all of these ranks measure at the same time:
+/// For 1, 2, 3, 4, 8, ... and all ranks of the group, all of these ranks measure at the same time.
+/// Kernels are measured for at most as many ranks as a CPU has cores:
 ///
 /// * the launch of a kernel;
 /// * for f32, bf16 and f16: products of a linear layer and of one row, attention forward and
@@ -101,15 +102,20 @@ impl Measure {
         }
         let on_cpu = transport != Transport::Nccl;
         let sizes = group_sizes(world.size());
-        let budget = 0.5 * seconds / (sizes.len() * (samples::COUNT + collectives::COUNT)) as f64;
+        let parallel = sizes.iter().filter(|&&ranks| self.has_cores(ranks)).count();
+        let count = parallel * samples::COUNT + sizes.len() * collectives::COUNT;
+        let budget = 0.6 * seconds / count as f64;
         let (mut rates, mut collectives) = (Vec::new(), Vec::new());
         for &ranks in &sizes {
-            let cores = if on_cpu { cores } else { 1 };
-            let threads = NonZeroUsize::new(cores / ranks).unwrap_or(NonZeroUsize::MIN);
+            let threads = if on_cpu { cores / ranks } else { 1 };
+            let threads = NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN);
             let color = (world.rank() < ranks).then_some(0);
             if let Some(group) = world.split(color, 0)? {
                 let timer = Timer::new(&group, device(threads), budget);
-                rates.push(measured_rates(&timer, threads.get())?);
+                // More ranks than cores take turns, which needs no measurement.
+                if self.has_cores(ranks) {
+                    rates.push(measured_rates(&timer, threads.get())?);
+                }
                 collectives.extend(collectives::measured(&timer)?);
             }
             world.barrier()?;
@@ -135,6 +141,13 @@ impl Measure {
             runs: Vec::new(),
         };
         of_rank_0(world, &machine)
+    }
+}
+
+impl Measure {
+    /// Whether each of so many ranks has a core. One rank always has what it needs.
+    fn has_cores(&self, ranks: usize) -> bool {
+        self.transport == Transport::Nccl || ranks <= self.cores
     }
 }
 

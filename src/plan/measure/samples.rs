@@ -71,14 +71,15 @@ pub(super) const ATTENTION: [Sample; 4] =
     [Sample::Attention(64), Sample::Attention(256), Sample::Attention(1024), Sample::Attention(4096)];
 
 /// The numbers of elements of samples that are limited by memory.
-const SIZES: [usize; 5] = [1 << 11, 1 << 14, 1 << 17, 1 << 20, 1 << 23];
+const SIZES: [usize; 6] = [1 << 11, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24];
 
-pub(super) const COPIES: [Sample; 5] = [
+pub(super) const COPIES: [Sample; 6] = [
     Sample::Copies(SIZES[0]),
     Sample::Copies(SIZES[1]),
     Sample::Copies(SIZES[2]),
     Sample::Copies(SIZES[3]),
     Sample::Copies(SIZES[4]),
+    Sample::Copies(SIZES[5]),
 ];
 
 /// The samples of a family by a size.
@@ -100,7 +101,7 @@ pub(super) const COUNT: usize =
     3 * (PRODUCTS.len() + ATTENTION.len() + COPIES.len() + OF_FAMILY.len() * SIZES.len()) + 1;
 
 /// The samples of each family.
-pub(super) fn families() -> impl Iterator<Item = (WorkKind, [Sample; 5])> {
+pub(super) fn families() -> impl Iterator<Item = (WorkKind, [Sample; 6])> {
     OF_FAMILY.into_iter().map(|(family, of)| (family, SIZES.map(of)))
 }
 

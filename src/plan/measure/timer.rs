@@ -18,17 +18,18 @@ pub(super) struct Timer<'a, B: Backend> {
     budget: f64,
 }
 
-/// The batches of a measurement, of which the median counts.
-const BATCHES: usize = 3;
+/// The batches of a measurement, of which the second fastest counts: what else runs on the machine
+/// makes batches slower, and never faster.
+const BATCHES: usize = 5;
 
 impl<'a, B: Backend> Timer<'a, B> {
     pub(super) fn new(group: &'a Group<B>, device: B, budget: f64) -> Self {
         Self { group, device, budget }
     }
 
-    /// Whether a call that takes so long is not worth repeating at a larger size.
+    /// Whether a call takes so long that larger sizes are skipped.
     pub(super) fn is_long(&self, seconds: f64) -> bool {
-        seconds > 2.0 * self.budget
+        seconds > self.budget
     }
 
     /// The seconds of a sample's kernels.
@@ -36,8 +37,11 @@ impl<'a, B: Backend> Timer<'a, B> {
         sample.run::<T, B>(&self.device, &mut |run| self.seconds(run))
     }
 
-    /// The seconds of a call: the median over three batches of calls, and the mean over the ranks.
-    /// All ranks make as many calls, so a call may be a collective.
+    /// The seconds of a call: the second fastest of five batches of calls. All ranks make as many calls,
+    /// so a call may be a collective.
+    ///
+    /// A batch ends when it has ended on all ranks. If there are more ranks than cores, a single
+    /// rank may not notice: it runs its batch without interruption while others wait for a core.
     pub(super) fn seconds(&self, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
         // The first call allocates, and on GPUs compiles kernels.
         run()?;
@@ -52,8 +56,7 @@ impl<'a, B: Backend> Timer<'a, B> {
             }
         }
         batches.sort_by(f64::total_cmp);
-        let sum = self.group.all_reduce_host(ReduceOp::Sum, &[batches[BATCHES / 2]])?[0];
-        Ok(sum / self.group.size() as f64)
+        Ok(self.group.all_reduce_host(ReduceOp::Max, &[batches[1]])?[0])
     }
 
     fn batch(&self, repeats: usize, run: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
@@ -61,6 +64,7 @@ impl<'a, B: Backend> Timer<'a, B> {
         let start = Instant::now();
         (0..repeats).try_for_each(|_| run())?;
         self.device.synchronize()?;
+        self.group.barrier()?;
         Ok(start.elapsed().as_secs_f64() / repeats as f64)
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     plan::{
         Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, Strategy, Verdict,
-        dry::{self, Serving},
+        dry::{self, Serving, Time},
     },
 };
 use half::bf16;
@@ -71,9 +71,11 @@ pub(super) fn evaluate(
     let (Some(slowest), Some(memory)) = (slowest, fullest) else {
         return Err(Error::internal(OP, "a tensor-parallel group without ranks"));
     };
-    let decode = slowest.decode.time;
+    let turns = machine.turns(strategy.ranks());
+    let decode = Time { compute: turns * slowest.decode.time.compute, ..slowest.decode.time };
     // By the total order, in which NaN is the largest.
-    let prefill = ranks.iter().map(|serving| serving.prefill.time.total());
+    let prefill =
+        ranks.iter().map(|Serving { prefill, .. }| turns * prefill.time.compute + prefill.time.transfers);
     let prefill = prefill.max_by(f64::total_cmp).unwrap_or(f64::NAN);
     if !(prefill + decode.total()).is_finite() {
         let reason = format!(

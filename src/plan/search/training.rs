@@ -294,6 +294,7 @@ impl Search<'_> {
         };
         let (mut ranks, mut flops) = (Vec::new(), 0_u128);
         let (mut update, mut ends, mut reduce) = (0.0_f64, 0.0_f64, 0.0_f64);
+        let turns = machine.turns(strategy.ranks());
         let mut tensor_time = Vec::new();
         for (rank, memory) in memory.into_iter().enumerate() {
             let stages: Vec<_> = group.iter().map(|dry| self.stage(dry, &strategy, rank)).collect();
@@ -319,7 +320,8 @@ impl Search<'_> {
                 let (times, copies) = stage.reduce_times(machine)?;
                 let (all, last) = (times.iter().sum::<f64>(), times.last().copied().unwrap_or(0.0));
                 let exposed = (all - hidden).max(last);
-                reduce = reduce.max(exposed + (machine.overlap - 1.0) * (all - exposed) + copies);
+                let slower = (machine.overlap - 1.0) * (all - exposed);
+                reduce = reduce.max(exposed + slower + turns * copies);
             }
             // The ranks of a group have different shards, but their operations add up.
             let mean = stages.iter().map(|stage| u128::from(stage.flops())).sum::<u128>()
@@ -332,7 +334,9 @@ impl Search<'_> {
         let timeline = timeline::simulate(&strategy.schedule()?, &passes, exchange, machine.buffered)?;
         let busiest = (0..pipeline).max_by(|&a, &b| timeline.busy(a).total_cmp(&timeline.busy(b)));
         let busiest = busiest.unwrap_or(0);
-        let seconds = timeline.seconds + reduce + ends + update;
+        // Ranks that take turns leave their core to others while they wait.
+        let busy = (0..pipeline).map(|rank| timeline.busy(rank)).sum::<f64>() / pipeline as f64;
+        let seconds = timeline.seconds.max(turns * busy) + reduce + ends + turns * update;
         let messages = timeline.ranks[busiest].iter().filter(|span| span.work == SpanWork::Exchange).count();
         Ok(Plan {
             strategy,
