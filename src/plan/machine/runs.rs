@@ -53,6 +53,11 @@ impl Parts {
 }
 
 impl Run {
+    /// A step that took `seconds`, and its [`parts`](crate::plan::parts()).
+    pub fn new(what: impl Into<String>, predicted: Parts, seconds: f64) -> Self {
+        Self { what: what.into(), predicted, seconds }
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         let Self { what, predicted, seconds } = self;
         positive(&format!("runs: {what}: seconds"), *seconds)?;
