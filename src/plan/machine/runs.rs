@@ -53,7 +53,7 @@ impl Parts {
 }
 
 impl Run {
-    /// A step that took `seconds`, and its [`parts`](crate::plan::parts()).
+    /// A run of a step, from its parts ([`parts`](crate::plan::parts)) and its measured seconds.
     pub fn new(what: impl Into<String>, predicted: Parts, seconds: f64) -> Self {
         Self { what: what.into(), predicted, seconds }
     }

@@ -72,11 +72,7 @@ pub fn plan_within(job: &Job, machine: &Machine, limits: &Limits) -> Result<Plan
 /// As [`plan_within`], as [`Strategy::check`], and when the model has fewer blocks than the strategy
 /// has stages.
 pub fn predict(job: &Job, machine: &Machine, strategy: &Strategy) -> Result<Plan> {
-    strategy.check()?;
-    let (layers, stages) = (job.model.layers.len(), strategy.stages());
-    if layers < stages {
-        return Err(Error::sizes(OP, "the number of blocks", layers, "that of stages", stages));
-    }
+    strategy.check_for(&job.model)?;
     machine.check()?;
     let Strategy { data, pipeline, tensor, .. } = *strategy;
     let limits = Limits::default().with_data(data).with_pipeline(pipeline).with_tensor(tensor);
