@@ -2,5 +2,6 @@
 #![cfg(target_os = "linux")]
 
 mod launch;
+mod measure;
 mod plan;
 mod records;

@@ -1,12 +1,15 @@
-//! The program `shardwise`. It starts ranks on this machine, reads the records of ranks, and plans
-//! how a model is divided over ranks.
+//! The program `shardwise`. It starts ranks on this machine, reads the records of ranks, measures
+//! machines, and plans how a model is divided over ranks.
 
+#[cfg(feature = "nccl")]
+mod gpus;
 #[cfg(target_os = "linux")]
 mod job;
 #[cfg(target_os = "linux")]
 mod keep;
 #[cfg(target_os = "linux")]
 mod launch;
+mod measure;
 #[cfg(target_os = "linux")]
 mod output;
 mod plan;
@@ -19,7 +22,7 @@ use clap::{Parser, Subcommand};
 use shardwise::trace::{Record, blame, chrome};
 use std::{fs, io, path::PathBuf, process::ExitCode};
 
-/// Starts tensor-parallel ranks and reports how they ended; plans models.
+/// Starts tensor-parallel ranks and reports how they ended; measures machines and plans models.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -50,6 +53,8 @@ enum Command {
         #[arg(short, long)]
         output: PathBuf,
     },
+    /// Measures this machine and prints it as JSON, for `plan --machine`.
+    Measure(measure::Request),
     /// Plans how a model is divided over the ranks of a machine: memory and time of the best plans.
     /// The exit code is 3 if nothing fits.
     Plan(plan::Request),
@@ -82,6 +87,7 @@ fn main() -> ExitCode {
             println!("{}", blame(&records));
             0
         }),
+        Command::Measure(request) => request.run(),
         Command::Plan(request) => request.run(),
         Command::Trace { records, output } => {
             records.read().and_then(|records| fs::write(&output, chrome(&records))).map(|()| 0)

@@ -3,6 +3,7 @@
 mod chart;
 mod html;
 mod table;
+mod trial;
 mod units;
 
 use clap::{ArgGroup, Args, ValueEnum};
@@ -12,7 +13,7 @@ use shardwise::{
     comm::Group,
     device::{DType, Device, Meta},
     models::{Decoder, DecoderConfig, ModelConfig},
-    plan::{Goal, Job, Limits, Machine, Plan, Plans, Refusal, plan_within},
+    plan::{Goal, Job, Limits, Machine, Plan, Plans, Refusal, Strategy, plan_within},
     shard::Replicated,
     tensor::Random,
 };
@@ -22,6 +23,7 @@ use std::{
     num::NonZeroUsize,
     path::{Path, PathBuf},
 };
+use trial::Trial;
 
 /// The exit code if no plan fits.
 const NOTHING_FITS: u8 = 3;
@@ -76,12 +78,17 @@ pub(crate) struct Request {
     /// Write a page with memory, timeline and table to this file.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Write the best plan as JSON to this file, for programs that run it.
+    /// Write the best plan as JSON to this file, for programs that run it. With --try, the plan that
+    /// took the least time.
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
     /// The largest number of plans to show.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u8).range(1..=10))]
     top: u8,
+    /// Run steps of the best N plans on this machine, and add their times to the machine's file,
+    /// which calibrates later predictions. Needs a file that `shardwise measure` wrote.
+    #[arg(long = "try", value_name = "N", value_parser = clap::value_parser!(u8).range(1..=10))]
+    tried: Option<u8>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -119,9 +126,11 @@ struct Report {
 impl Request {
     /// Plans and writes the results. Returns the exit code.
     pub(crate) fn run(&self) -> io::Result<u8> {
-        let report = self.report().map_err(io::Error::other)?;
-        let text = if self.json { report.json()? } else { table::text(&report) };
-        io::stdout().write_all(text.as_bytes())?;
+        let (job, report) = self.report().map_err(io::Error::other)?;
+        let print = |text: &str| io::stdout().write_all(text.as_bytes());
+        if !self.json {
+            print(&table::text(&report))?;
+        }
         let write = |path: &Path, text: String| {
             fs::write(path, text)
                 .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
@@ -129,14 +138,28 @@ impl Request {
         if let Some(path) = &self.html {
             write(path, html::page(&report))?;
         }
-        let Some(best) = report.best.first() else { return Ok(NOTHING_FITS) };
+        let trials = match self.tried {
+            Some(count) => {
+                let show = |line: &str| if self.json { Ok(()) } else { print(&format!("{line}\n")) };
+                Some(trial::run(&job, &report, Path::new(&self.machine), count.into(), show)?)
+            }
+            None => None,
+        };
+        if self.json {
+            print(&report.json(trials.as_deref())?)?;
+        }
+        if report.best.is_empty() {
+            return Ok(NOTHING_FITS);
+        }
         if let Some(path) = &self.save {
+            let won = trials.iter().flatten().position(|trial| trial.won);
+            let best = &report.best[won.unwrap_or_default()];
             write(path, format!("{}\n", serde_json::to_string_pretty(best)?))?;
         }
         Ok(0)
     }
 
-    fn report(&self) -> Result<Report> {
+    fn report(&self) -> Result<(Job, Report)> {
         let config = match ModelConfig::read(&self.model)? {
             ModelConfig::Decoder(config) => config,
             _ => {
@@ -152,6 +175,9 @@ impl Request {
             Some(ranks) => machine.with_ranks(ranks.get()),
             None => machine,
         };
+        if self.tried.is_some() {
+            trial::check(&self.machine, &machine)?;
+        }
         let model = Model::new(&self.model, &config)?;
         let dtype = match self.dtype {
             Type::F32 => DType::F32,
@@ -169,7 +195,8 @@ impl Request {
         let plans = plan_within(&job, &machine, &limits)?;
         let Plans { job, machine, mut best, considered, refused, .. } = plans;
         best.truncate(self.top.into());
-        Ok(Report { model, dtype, goal: job.goal, machine, considered, best, refused })
+        let report = Report { model, dtype, goal: job.goal, machine, considered, best, refused };
+        Ok((job, report))
     }
 }
 
@@ -216,7 +243,7 @@ fn name(path: &Path) -> String {
 }
 
 impl Report {
-    fn json(&self) -> io::Result<String> {
+    fn json(&self, trials: Option<&[Trial]>) -> io::Result<String> {
         #[derive(Serialize)]
         struct Json<'a> {
             model: &'a Model,
@@ -224,9 +251,11 @@ impl Report {
             considered: usize,
             best: &'a [Plan],
             refused: &'a [Refusal],
+            #[serde(skip_serializing_if = "Option::is_none")]
+            trials: Option<&'a [Trial]>,
         }
         let Self { model, machine, considered, best, refused, .. } = self;
-        let json = Json { model, machine: &machine.name, considered: *considered, best, refused };
+        let json = Json { model, machine: &machine.name, considered: *considered, best, refused, trials };
         Ok(format!("{}\n", serde_json::to_string_pretty(&json)?))
     }
 
@@ -234,16 +263,25 @@ impl Report {
         matches!(self.goal, Goal::Train { .. })
     }
 
-    /// The line above the plans.
-    fn title(&self) -> String {
-        let Self { model, dtype, machine, .. } = self;
-        let goal = match self.goal {
+    fn goal(&self) -> String {
+        match self.goal {
             Goal::Train { batch, tokens } => format!("training, {batch} x {tokens} tokens a step"),
             Goal::Serve { batch, context } => {
                 format!("serving, {batch} sequences of at most {context} tokens")
             }
             _ => "another goal".into(),
-        };
+        }
+    }
+
+    /// The job and a strategy, as a machine's file names a run.
+    fn what(&self, strategy: &Strategy) -> String {
+        format!("{}, {}, {}, {strategy}", self.model.name, self.dtype, self.goal())
+    }
+
+    /// The line above the plans.
+    fn title(&self) -> String {
+        let Self { model, dtype, machine, .. } = self;
+        let goal = self.goal();
         let ranks = units::counted(machine.ranks, "rank");
         let parameters = units::short(model.parameters as f64);
         format!("{ranks} · {}, {parameters} parameters, {dtype} · {goal} · {}", model.name, machine.name)

@@ -57,7 +57,7 @@ pub(super) fn table(plans: &[Plan]) -> Vec<Columns> {
         heading: heading.into(),
         cells: plans.iter().map(cell).collect(),
     };
-    let strategy = vec![
+    let mut strategy = vec![
         column("dp", &|plan| number(plan.strategy.data)),
         column("tp", &|plan| number(plan.strategy.tensor)),
         column("pp", &|plan| number(plan.strategy.pipeline)),
@@ -69,6 +69,9 @@ pub(super) fn table(plans: &[Plan]) -> Vec<Columns> {
             blocks => number(blocks),
         }),
     ];
+    if plans.iter().any(|plan| plan.threads > 1) {
+        strategy.push(column("th", &|plan| number(plan.threads)));
+    }
     let peak = |plan: &Plan| fullest(plan).map(|rank| rank.memory).unwrap_or_default();
     let unit = Unit::of(plans.iter().map(|plan| peak(plan).total()).max().unwrap_or_default());
     let wire = Unit::of(plans.iter().map(sent).max().unwrap_or_default());
@@ -123,7 +126,8 @@ fn short_part(part: &str) -> &'static str {
 
 /// What the headings mean.
 pub(super) const LEGEND: &str = "dp, tp, pp: data-, tensor-parallel and pipeline ranks. v: stages of a pipeline rank. mb: sequences \
-     of a microbatch x microbatches. sp: sequence parallel. rc: blocks that recompute their forward. Memory of the fullest rank: w weights, \
+     of a microbatch x microbatches. sp: sequence parallel. rc: blocks that recompute their forward. th: threads of a rank's \
+     matrix products. Memory of the fullest rank: w weights, \
      g gradients, o optimizer, a activations, x transients, kv cache. waiting: shares of a step in which the busiest rank \
      waits for other pipeline ranks (bubble), and for communication by axis. sent: bytes of a rank in a step.";
 
@@ -231,6 +235,17 @@ mod tests {
     }
 
     #[test]
+    fn threads_have_a_column_if_a_plan_has_several() {
+        let mut report = report("model");
+        assert!(!text(&report).contains(" rc th "));
+        report.best[1].threads = 4;
+        let text = text(&report);
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        let column = rows[3].iter().position(|heading| *heading == "th").unwrap();
+        assert_eq!((rows[4][column], rows[5][column]), ("1", "4"));
+    }
+
+    #[test]
     fn lines_are_at_most_140_columns_wide() {
         let mut report = report(&"name ".repeat(60));
         for plan in &mut report.best {
@@ -238,6 +253,7 @@ mod tests {
             (strategy.data, strategy.pipeline, strategy.tensor, strategy.chunks) = (1024, 128, 128, 16);
             (strategy.sequences, strategy.microbatches, strategy.recomputed) = (128, 4096, 128);
             (plan.seconds, plan.tokens_per_second, plan.bubble) = (0.99999, 123_456_789.0, 1.0);
+            plan.threads = 64;
             (plan.verdict, plan.error) = (Verdict::OutOfMemory, 1.0);
             (plan.exposed.tensor, plan.exposed.data, plan.exposed.pipeline) = (1.0, 1.0, 1.0);
             plan.ranks[0].memory.cache = 100 << 30;

@@ -1,0 +1,210 @@
+//! Runs plans on this machine, and adds the times to the machine's file.
+
+use super::Report;
+use serde::Serialize;
+use shardwise::{
+    Error, Result,
+    launch::Threads,
+    plan::{Job, Machine, Plan, Run, Strategy, Transport, parts, text::time, time_steps},
+};
+use std::{
+    fs,
+    io::{self, Write},
+    num::NonZeroUsize,
+    path::Path,
+    time::Duration,
+};
+use tempfile::NamedTempFile;
+
+const OP: &str = "plan --try";
+
+/// The steps of which the median is measured.
+const STEPS: usize = 5;
+
+/// The runs that a machine's file keeps.
+const KEPT: usize = 64;
+
+/// How long a rank on the CPU waits in a collective. A rank that fails is noticed at once, but a
+/// pass of a large model may take minutes.
+const DEADLINE: Duration = Duration::from_secs(3600);
+
+/// A plan that was run. Times are seconds of a step.
+#[derive(Serialize)]
+pub(super) struct Trial {
+    strategy: Strategy,
+    predicted: f64,
+    /// The median of the steps.
+    measured: f64,
+    /// `predicted / measured` − 1.
+    error: f64,
+    /// Whether it took the least time.
+    pub(super) won: bool,
+}
+
+/// Checks that plans for the machine can be run here.
+pub(super) fn check(name: &str, machine: &Machine) -> Result<()> {
+    let unsupported = |reason: &str| Err(Error::Unsupported { op: OP, reason: reason.into() });
+    match machine.transport {
+        None => {
+            let reason = format!(
+                "`--try` runs thread ranks on this CPU, and {name} has published rates: write a machine file with \
+                 `shardwise measure`"
+            );
+            return Err(Error::invalid(OP, reason));
+        }
+        Some(Transport::Threads) => {}
+        Some(Transport::Nccl) if cfg!(feature = "nccl") => {}
+        Some(Transport::Nccl) => {
+            return unsupported("ranks on GPUs: build this program with `--features cli,nccl`");
+        }
+        Some(transport) => {
+            return unsupported(&format!(
+                "ranks over {transport:?}: measure thread ranks with `shardwise measure`"
+            ));
+        }
+    }
+    let Machine { ranks, ranks_per_node, .. } = *machine;
+    if ranks > ranks_per_node {
+        let reason = format!(
+            "all ranks run on this machine, but there are {ranks} and a node has {ranks_per_node}: use `--ranks \
+             {ranks_per_node}`"
+        );
+        return Err(Error::invalid(OP, reason));
+    }
+    Ok(())
+}
+
+/// Runs the best `count` plans. After each, adds the run to the machine's file and passes a line
+/// about it to `show`.
+pub(super) fn run(
+    job: &Job,
+    report: &Report,
+    file: &Path,
+    count: usize,
+    mut show: impl FnMut(&str) -> io::Result<()>,
+) -> io::Result<Vec<Trial>> {
+    show("\nTried with random weights:")?;
+    let mut trials: Vec<Trial> = Vec::new();
+    for (at, plan) in report.best.iter().take(count).enumerate() {
+        let Plan { strategy, seconds: predicted, .. } = *plan;
+        let failed = |error| io::Error::other(format!("plan {} ({strategy}): {error}", at + 1));
+        let measured = measure(job, &report.machine, plan).map_err(failed)?;
+        let parts = parts(job, &report.machine, &strategy).map_err(failed)?;
+        add(file, Run::new(report.what(&strategy), parts, measured))?;
+        let error = predicted / measured - 1.0;
+        show(&format!(
+            "{:>3}  predicted {:>8}  measured {:>8}  error {:>+6.1}%",
+            at + 1,
+            time(predicted),
+            time(measured),
+            100.0 * error
+        ))?;
+        trials.push(Trial { strategy, predicted, measured, error, won: false });
+    }
+    let fastest =
+        (0..trials.len()).min_by(|&one, &other| trials[one].measured.total_cmp(&trials[other].measured));
+    if let Some(fastest) = fastest {
+        trials[fastest].won = true;
+        show(&format!(
+            "Plan {} won. {} has the runs, which calibrate later predictions.",
+            fastest + 1,
+            file.display()
+        ))?;
+    }
+    Ok(trials)
+}
+
+/// Runs steps of a plan and returns the median of their seconds.
+fn measure(job: &Job, machine: &Machine, plan: &Plan) -> Result<f64> {
+    let ranks = plan.strategy.ranks();
+    let of_ranks = match machine.transport {
+        #[cfg(feature = "nccl")]
+        Some(Transport::Nccl) => {
+            crate::gpus::run(ranks, |world| time_steps(world, job, &plan.strategy, STEPS))
+        }
+        _ => Threads::new(ranks)
+            .deadline(DEADLINE)
+            .gemm_threads(NonZeroUsize::new(plan.threads).unwrap_or(NonZeroUsize::MIN))
+            .run(|world| time_steps(&world, job, &plan.strategy, STEPS)),
+    };
+    // Equal on all ranks.
+    let mut seconds = of_ranks?.swap_remove(0);
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds[seconds.len() / 2])
+}
+
+/// Adds a run to a machine's file, and removes its oldest run if there are too many. The file is
+/// replaced as a whole.
+fn add(file: &Path, run: Run) -> io::Result<()> {
+    let mut machine = Machine::read(file).map_err(io::Error::other)?;
+    machine.runs.push(run);
+    let old = machine.runs.len().saturating_sub(KEPT);
+    machine.runs.drain(..old);
+    let text = machine.to_json().map_err(io::Error::other)?;
+    replace(file, &text).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", file.display())))
+}
+
+/// Writes a file in the folder of `path`, and gives it the name of `path`.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    // A link stays a link.
+    let path = path.canonicalize()?;
+    let mut file = NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
+    file.write_all(text.as_bytes())?;
+    file.as_file().set_permissions(fs::metadata(&path)?.permissions())?;
+    file.as_file().sync_all()?;
+    file.persist(&path)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::tests::report, *};
+    use shardwise::{
+        device::DType,
+        models::DecoderConfig,
+        prelude::{Activation, AttentionConfig, BlockConfig, NormKind},
+    };
+
+    #[test]
+    #[cfg(unix)]
+    fn a_file_keeps_the_last_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let [file, link] = ["machine.json", "link.json"].map(|name| folder.path().join(name));
+        let mut machine = Machine::preset("h200").unwrap();
+        let text = r#"{"operations": 1.0, "memory": 0.1, "transfers": 0.0}"#;
+        let run = |at: usize| Run::new(at.to_string(), serde_json::from_str(text).unwrap(), 1.5);
+        machine.runs = (0..KEPT).map(run).collect();
+        fs::write(&file, machine.to_json().unwrap()).unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        add(&link, run(KEPT)).unwrap();
+        machine.runs = (1..=KEPT).map(run).collect();
+        assert_eq!(Machine::read(&file).unwrap(), machine);
+        assert!(link.is_symlink() && fs::read_dir(folder.path()).unwrap().count() == 2);
+        let error = add(&folder.path().join("absent.json"), run(0)).unwrap_err().to_string();
+        assert!(error.contains("absent.json"), "{error}");
+    }
+
+    #[test]
+    fn the_plan_that_failed_is_named() {
+        let block = BlockConfig::new(
+            AttentionConfig::new(8, 2),
+            8,
+            Activation::Silu,
+            NormKind::RmsNorm { eps: 1e-5 },
+        );
+        let job = Job::train(DecoderConfig::new(16, block, 1), DType::F32, 8, 4);
+        let mut lines = 0;
+        let show = |_: &str| {
+            lines += 1;
+            Ok(())
+        };
+        let trials = run(&job, &report("model"), Path::new("absent.json"), 1, show);
+        let error = trials.err().unwrap().to_string();
+        assert!(
+            error.starts_with("plan 1 (dp 2, tp 4, pp 2 x 2 stages, 4 microbatches of 1, sp): "),
+            "{error}"
+        );
+        assert!(error.contains("number of blocks is 1"), "{error}");
+        assert_eq!(lines, 1);
+    }
+}
