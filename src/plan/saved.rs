@@ -34,6 +34,9 @@ impl Plan {
         let strategy = &self.strategy;
         strategy.check()?;
         same_size(OP, "the number of `ranks`", self.ranks.len(), "`pipeline`", strategy.pipeline)?;
+        if self.threads == 0 {
+            return Err(Error::invalid(OP, "`threads` is 0, but has to be at least 1"));
+        }
         for (at, rank) in self.ranks.iter().enumerate() {
             check_rank(rank, at, strategy.chunks)?;
         }
@@ -127,6 +130,7 @@ mod tests {
         refused(&|plan| plan.ranks.swap(0, 1), "its place in `ranks` is");
         refused(&|plan| plan.ranks[1].passes.truncate(1), "`passes` of a rank is 1, but `chunks` is 2");
         refused(&|plan| plan.ranks[0].passes[0].backward = f64::NAN, "`backward` is NaN");
+        refused(&|plan| plan.threads = 0, "`threads` is 0");
         refused(&|plan| plan.seconds = f64::INFINITY, "`seconds` is inf");
         refused(&|plan| plan.prefill = Some(-1.0), "`prefill` is -1");
         refused(

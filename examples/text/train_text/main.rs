@@ -18,7 +18,7 @@ use shardwise::{
     Error, Result,
     comm::DeviceMesh,
     device::Element,
-    launch,
+    launch::{self, Threads},
     models::Decoder,
     optim::{AdamW, AdamWConfig, Decay, LearningRate, LossScale, clip_scale, require_finite},
     parallel::{ResidualStream, Sampler},
@@ -30,7 +30,7 @@ use shardwise::{
     train::{Schedule, check_replicas},
     weights::{self, Checkpoint},
 };
-use std::{path::PathBuf, time::Instant};
+use std::{num::NonZeroUsize, path::PathBuf, time::Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum Dtype {
@@ -88,12 +88,15 @@ struct Args {
     /// backward.
     #[arg(long, default_value_t = 0)]
     recompute: usize,
-    /// Take the mesh, the schedule, sequence parallelism and recomputed blocks from a plan of
-    /// `shardwise plan --save`.
+    /// Take the mesh, the schedule, sequence parallelism, recomputed blocks and threads from a plan
+    /// of `shardwise plan --save`.
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "dp", "pp", "tp", "sequence_parallel", "microbatches", "chunks", "recompute", "compare",
+        "dp", "pp", "tp", "sequence_parallel", "microbatches", "chunks", "recompute", "threads", "compare",
     ])]
     plan: Option<PathBuf>,
+    /// The threads with which each rank computes matrix products.
+    #[arg(long, default_value_t = NonZeroUsize::MIN)]
+    threads: NonZeroUsize,
     /// The highest learning rate.
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
@@ -117,7 +120,7 @@ impl Args {
     /// Replaces the arguments by those of the plan, if there is one.
     fn planned(self) -> Result<Self> {
         let Some(path) = &self.plan else { return Ok(self) };
-        let plan = Plan::read(path)?.strategy;
+        let Plan { strategy: plan, threads, .. } = Plan::read(path)?;
         let Strategy { data, microbatches, sequences, .. } = plan;
         let own = self.batch.div_ceil(data.saturating_mul(microbatches));
         if own != sequences {
@@ -136,6 +139,7 @@ impl Args {
             microbatches: Some(microbatches),
             recompute: plan.recomputed,
             sequence_parallel: plan.sequence_parallel,
+            threads: NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN),
             ..self
         })
     }
@@ -239,7 +243,8 @@ fn train<S: ResidualStream, T: Element>(args: &Args, text: &Text) -> Result<Trai
         args.lr / 10.0,
         args.steps,
     );
-    let mut ranks = launch::threads(args.dp * args.pp * args.tp, |world| {
+    let threads = Threads::new(args.dp * args.pp * args.tp).gemm_threads(args.threads);
+    let mut ranks = threads.run(|world| {
         let reduction = args.invariant.map_or(Reduction::Fast, |blocks| Reduction::Invariant { blocks });
         let world = world.with_reduction(reduction);
         let mesh = DeviceMesh::new(&world, Mesh::new(args.dp, args.pp, args.tp)?)?;

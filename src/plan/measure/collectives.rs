@@ -47,7 +47,7 @@ fn seconds<B: Backend>(timer: &Timer<'_, B>, op: Op, elements: usize) -> Result<
     let shard = Tensor::<f32, B>::full(device, [partition.size(rank)], 0.5)?;
     let shape = Shape::from([elements]);
     let (next, previous) = ((rank + 1) % ranks, (rank + ranks - 1) % ranks);
-    timer.seconds(&mut || match op {
+    timer.seconds(device, &mut || match op {
         Op::AllReduce => group.all_reduce(ReduceOp::Max, &mut whole),
         Op::AllGather => group.all_gather(&shard, 0, &partition).map(drop),
         Op::ReduceScatter => group.reduce_scatter(ReduceOp::Sum, &whole, 0, &partition).map(drop),
@@ -61,20 +61,20 @@ fn seconds<B: Backend>(timer: &Timer<'_, B>, op: Op, elements: usize) -> Result<
 /// long as the longer one, and 2 if they take as long as one after the other.
 pub(super) fn overlap<B: Backend>(timer: &Timer<'_, B>) -> Result<f64> {
     const SCALE: usize = 256;
-    let (group, device) = (timer.group, &timer.device);
+    let (group, device) = (timer.group, &timer.device());
     let x = Tensor::<f32, B>::full(device, [SCALE, SCALE], 0.5)?;
     let mut y = Tensor::<f32, B>::empty(device, [SCALE, SCALE])?;
     let mut product = || device.gemm(1.0, x.mat(), x.mat(), 0.0, y.mat_mut()?);
-    let one = timer.seconds(&mut product)?;
+    let one = timer.seconds(device, &mut product)?;
     let start = || {
         let x = Tensor::<f32, B>::empty(group.device(), [1 << 20])?;
         group.start_all_reduce(ReduceOp::Max, x)
     };
-    let reduce = timer.seconds(&mut || start()?.wait().map(drop))?;
+    let reduce = timer.seconds(device, &mut || start()?.wait().map(drop))?;
     // Products that take about as long as the all-reduce.
     let count = (reduce / one).clamp(1.0, 1e4).round() as usize;
-    let compute = timer.seconds(&mut || (0..count).try_for_each(|_| product()))?;
-    let both = timer.seconds(&mut || {
+    let compute = timer.seconds(device, &mut || (0..count).try_for_each(|_| product()))?;
+    let both = timer.seconds(device, &mut || {
         let pending = start()?;
         (0..count).try_for_each(|_| product())?;
         pending.wait().map(drop)
