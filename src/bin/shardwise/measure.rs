@@ -21,7 +21,8 @@ const MOST: f64 = 30.0;
 /// What to measure.
 #[derive(Args)]
 pub(crate) struct Request {
-    /// The number of ranks, which are threads. Default: the number of CPU cores, but between 2 and 8.
+    /// The number of ranks, which are threads. Default: the number of CPU cores, but between 2 and
+    /// 8.
     #[arg(long, value_name = "N")]
     ranks: Option<NonZeroUsize>,
     /// About how many seconds to measure, at most 30.

@@ -50,9 +50,9 @@ pub struct Machine {
     pub fits: f64,
     /// A plan is tight if its peak is at most this share of the memory.
     pub tight: f64,
-    /// The rates of a rank, by ascending number of ranks of its node that compute. The entry of a
-    /// plan is the first whose `ranks` is at least the plan's number of ranks of a node. If there is
-    /// none, the plan has the rates of the last entry, and its ranks take turns.
+    /// The rates of a rank, by ascending number of ranks of its node that compute. A plan uses the
+    /// first entry whose `ranks` is at least its number of ranks in a node. If there is none, it
+    /// uses the last entry, and its ranks take turns.
     pub rates: Vec<Rates>,
     /// The link between ranks of a node.
     pub node: Link,

@@ -167,7 +167,7 @@ mod tests {
             assert!((got / want - 1.0).abs() < 0.03, "{got} and {want}");
         }
         assert_eq!(factors(&[]), [1.0; 3]);
-        // One run cannot tell the three apart: the total changes, and little more than it has to.
+        // One run does not determine three factors: that of the largest part changes most.
         let [operations, memory, transfers] = factors(&[run(1.0, 0.01, 0.01, 2.0)]);
         assert!((1.8..2.0).contains(&operations), "{operations}");
         assert!((0.99..1.1).contains(&memory) && (0.99..1.1).contains(&transfers), "{memory}, {transfers}");

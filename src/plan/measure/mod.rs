@@ -47,8 +47,8 @@ const OP: &str = "measure";
 /// let cpu = |threads| Cpu::new().with_threads(threads);
 /// let machines = launch::threads(2, |world| measure.run(&world, cpu))?;
 /// assert_eq!(machines[0], machines[1]);
-/// let threads: Vec<_> = machines[0].rates.iter().map(|rates| (rates.ranks, rates.threads)).collect();
-/// assert_eq!(threads, [(1, 2), (2, 1)]);
+/// let rates = &machines[0].rates;
+/// assert_eq!((rates[0].ranks, rates[0].threads, rates[1].ranks, rates[1].threads), (1, 2, 2, 1));
 /// # Ok::<(), Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq)]

@@ -321,8 +321,8 @@ mod tests {
             (flops, bytes, kernels)
         };
         assert_eq!(work(Sample::Launch), (0, 4 * 32, 1));
-        // Each product has 2 · 32 · 16 · 32 operations. Its operands have 512, 512 and 1024 elements,
-        // and the gradient of the weights is read as well.
+        // Each product has 2 · 32 · 16 · 32 operations. Its operands have 512, 512 and 1024
+        // elements, and the gradient of the weights is read as well.
         assert_eq!(work(Sample::Linear(16)), (3 * 32768, 4 * (3 * 2048 + 512), 3));
         assert_eq!(work(Sample::Copies(1024)), (0, 4 * 1024 * (2 + 3 + 3), 3));
         // 4 · 65 · 64 / 2 pairs of 64 features, and 2 + 5 products.

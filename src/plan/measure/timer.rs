@@ -43,8 +43,8 @@ impl<'a, B: Backend> Timer<'a, B> {
         (self.device)()
     }
 
-    /// The seconds of a call on a device: the second fastest of five batches of calls. All ranks make as many calls,
-    /// so a call may be a collective.
+    /// The seconds of a call on a device: the second fastest of five batches of calls. All ranks
+    /// make as many calls, so a call may be a collective.
     ///
     /// A batch ends when it has ended on all ranks. If there are more ranks than cores, a single
     /// rank may not notice: it runs its batch without interruption while others wait for a core.

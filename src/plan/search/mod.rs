@@ -69,8 +69,8 @@ pub fn plan_within(job: &Job, machine: &Machine, limits: &Limits) -> Result<Plan
 /// The plan of one strategy, whatever its memory. The machine's rates are calibrated to its runs.
 ///
 /// # Errors
-/// As [`plan_within`], as [`Strategy::check`], and when the model has fewer blocks than the strategy
-/// has stages.
+/// As [`plan_within`] and [`Strategy::check`]. Also when the model has fewer blocks than the
+/// strategy has stages.
 pub fn predict(job: &Job, machine: &Machine, strategy: &Strategy) -> Result<Plan> {
     strategy.check_for(&job.model)?;
     machine.check()?;

@@ -78,8 +78,8 @@ pub(crate) struct Request {
     /// Write a page with memory, timeline and table to this file.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Write the best plan as JSON to this file, for programs that run it. With --try, the plan that
-    /// took the least time.
+    /// Write the best plan as JSON to this file, for programs that run it. With --try, the plan
+    /// that took the least time.
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
     /// The largest number of plans to show.
