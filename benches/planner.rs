@@ -3,8 +3,8 @@
 //! `cargo bench --features plan --bench planner [-- --rounds 5] [--json FILE]`
 //!
 //! Measures the machine, then trains three models under many strategies on one and two ranks, and
-//! under a few on more ranks than two cores. Eight of the runs calibrate the machine, and the others
-//! are predicted. Each round runs every strategy once, so that all share the noise of the machine.
+//! under a few on more ranks than two cores. Eight of the runs calibrate the machine, and the
+//! others are predicted. Each round runs every strategy once, so that all share the noise of the machine.
 
 use clap::Parser;
 use shardwise::{
@@ -67,7 +67,7 @@ impl Case {
     }
 
     fn run(&self) -> Run {
-        Run::new(format!("{}, {}", self.model, self.strategy), self.parts, self.seconds())
+        Run::new(format!("{}, {}", self.model, self.strategy), &self.job.goal, self.parts, self.seconds())
     }
 }
 
@@ -233,7 +233,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
             others.push((predicted, measured));
         }
     }
-    let calibrated = machine.calibrated();
+    let calibrated = machine.calibrated(&cases[0].job.goal);
     let summary = |what: &str, pairs: &[(f64, f64)]| {
         if pairs.len() > 1 {
             println!(

@@ -175,7 +175,9 @@ fn check_seconds(what: &str, seconds: f64) -> Result<()> {
     if seconds.is_finite() && seconds >= 0.0 {
         return Ok(());
     }
-    Err(Error::invalid(OP, format!("{what} takes {seconds} seconds, but has to take at least 0")))
+    let reason =
+        format!("{what} takes {seconds} seconds, but they have to be finite and at least 0: check the rates");
+    Err(Error::invalid(OP, reason))
 }
 
 /// A rank in the middle of its actions.
@@ -455,7 +457,9 @@ mod tests {
         let chunks = "timeline: the chunks of the passes of rank 1 is 2, but those of the schedule is 1";
         assert_eq!(error(&[vec![pass], vec![pass; 2]], 0.0), chunks);
         let seconds = |what: &str, seconds| {
-            format!("timeline: {what} takes {seconds} seconds, but has to take at least 0")
+            format!(
+                "timeline: {what} takes {seconds} seconds, but they have to be finite and at least 0: check the rates"
+            )
         };
         let nan = Passes { backward: f64::NAN, ..pass };
         let backward = "the backward of chunk 0 of rank 1";

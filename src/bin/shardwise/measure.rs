@@ -18,6 +18,9 @@ use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 /// The most seconds that a measurement may take.
 const MOST: f64 = 30.0;
 
+/// The most ranks on a CPU with fewer cores. Collectives of more ranks take too long.
+const MOST_RANKS: usize = 32;
+
 /// What to measure.
 #[derive(Args)]
 pub(crate) struct Request {
@@ -74,6 +77,11 @@ impl Request {
         }
         let cores = available_parallelism().map_or(1, NonZeroUsize::get);
         let ranks = self.ranks.map_or(cores.clamp(2, 8), NonZeroUsize::get);
+        let most = cores.max(MOST_RANKS);
+        if ranks > most {
+            let reason = format!("`--ranks` is {ranks}, but on {cores} cores at most {most} are measured");
+            return Err(Error::invalid("measure", reason));
+        }
         let measure = measure(Transport::Threads);
         Ok(launch::threads(ranks, |world| on_cpus(&measure, &world))?.into_iter().next())
     }

@@ -109,6 +109,9 @@ pub enum Transport {
 
 const OP: &str = "machine";
 
+/// The largest uncertainty.
+const MOST_ERROR: f64 = 10.0;
+
 /// The element types of plans.
 const TYPES: [&str; 3] = ["f32", "bf16", "f16"];
 
@@ -156,12 +159,23 @@ impl Machine {
             }
             None => {}
         }
-        self.collectives.iter().try_for_each(Collective::check)?;
+        for (at, own) in self.collectives.iter().enumerate() {
+            own.check()?;
+            let same = |other: &Collective| (&other.op, other.ranks) == (&own.op, own.ranks);
+            if self.collectives[..at].iter().any(same) {
+                let reason = format!("`collectives` has {} of {} ranks twice", own.op, own.ranks);
+                return Err(Error::invalid(OP, reason));
+            }
+        }
         if !(self.overlap.is_finite() && (1.0..=2.0).contains(&self.overlap)) {
-            let reason = format!("`overlap` is {}, but has to be between 1 and 2", self.overlap);
+            let reason = format!("`overlap` is {:?}, but has to be between 1 and 2", self.overlap);
             return Err(Error::invalid(OP, reason));
         }
         at_least_0("error", self.error)?;
+        if self.error > MOST_ERROR {
+            let reason = format!("`error` is {:e}, but has to be at most {MOST_ERROR}", self.error);
+            return Err(Error::invalid(OP, reason));
+        }
         self.runs.iter().try_for_each(Run::check)
     }
 
@@ -187,7 +201,7 @@ impl Collective {
                 format!("`collectives` has an operation `{op}`; known are {known}"),
             ));
         }
-        let of = |field: &str| format!("{field} of {op} of {ranks} ranks");
+        let of = |field: &str| format!("collectives: {op} of {ranks} ranks: {field}");
         positive(&of("ranks"), *ranks as f64)?;
         at_least_0(&of("latency"), *latency)?;
         positive(&of("bandwidth"), *bandwidth)

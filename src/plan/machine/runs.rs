@@ -1,7 +1,7 @@
 //! Steps that were run on a machine, and the calibration of its rates to them.
 
-use super::{Collective, Link, Machine, Rate, at_least_0, positive};
-use crate::error::Result;
+use super::{Collective, Link, MOST_ERROR, Machine, Rate, at_least_0, positive};
+use crate::{error::Result, plan::Goal};
 use serde::{Deserialize, Serialize};
 
 /// The predicted seconds of a step, by what takes them. Their sum is the step.
@@ -25,6 +25,9 @@ pub struct Parts {
 pub struct Run {
     /// The job and the strategy.
     pub what: String,
+    /// Whether the step generates tokens. Other steps train.
+    #[serde(default)]
+    pub serving: bool,
     /// What was predicted.
     pub predicted: Parts,
     /// The measured seconds: the median of the steps.
@@ -54,12 +57,12 @@ impl Parts {
 
 impl Run {
     /// A run of a step, from its parts ([`parts`](crate::plan::parts)) and its measured seconds.
-    pub fn new(what: impl Into<String>, predicted: Parts, seconds: f64) -> Self {
-        Self { what: what.into(), predicted, seconds }
+    pub fn new(what: impl Into<String>, goal: &Goal, predicted: Parts, seconds: f64) -> Self {
+        Self { what: what.into(), serving: matches!(goal, Goal::Serve { .. }), predicted, seconds }
     }
 
     pub(super) fn check(&self) -> Result<()> {
-        let Self { what, predicted, seconds } = self;
+        let Self { what, predicted, seconds, .. } = self;
         positive(&format!("runs: {what}: seconds"), *seconds)?;
         at_least_0(&format!("runs: {what}: predicted.operations"), predicted.operations)?;
         at_least_0(&format!("runs: {what}: predicted.memory"), predicted.memory)?;
@@ -69,20 +72,23 @@ impl Run {
 }
 
 impl Machine {
-    /// The machine with rates that are calibrated to its runs, and without the runs.
+    /// The machine with rates that are calibrated to its runs of the same goal (training or
+    /// serving), and without runs.
     ///
     /// Three factors, of operations, memory and transfers, minimize Σ ln²(predicted / measured) /
-    /// 0.1² + Σ ln²(factor) / 0.5², and are between 1/4 and 4. From four runs on, `error` is twice
-    /// the mean of |predicted / measured − 1|, and at least 0.03.
-    pub fn calibrated(&self) -> Self {
-        let factors = factors(&self.runs);
+    /// 0.1² + Σ ln²(factor) / 0.5², and are between 1/4 and 4. `error` becomes twice the mean of
+    /// |predicted / measured − 1|, but at least 0.03 and at most 10. With fewer than four runs, it
+    /// does not become less.
+    pub fn calibrated(&self, goal: &Goal) -> Self {
+        let serving = matches!(goal, Goal::Serve { .. });
+        let runs: Vec<_> = self.runs.iter().filter(|run| run.serving == serving).collect();
+        let factors = factors(&runs);
         let mut machine = self.scaled(factors);
         machine.runs.clear();
-        if self.runs.len() >= ENOUGH {
-            let error = |run: &Run| (run.predicted.scaled(factors) / run.seconds - 1.0).abs();
-            let mean = self.runs.iter().map(error).sum::<f64>() / self.runs.len() as f64;
-            machine.error = (2.0 * mean).max(0.03);
-        }
+        let error = |run: &&Run| (run.predicted.scaled(factors) / run.seconds - 1.0).abs();
+        let mean = runs.iter().map(error).sum::<f64>() / runs.len().max(1) as f64;
+        let least = if runs.len() < ENOUGH { self.error } else { 0.03 };
+        machine.error = (2.0 * mean).max(least).min(MOST_ERROR);
         machine
     }
 
@@ -114,10 +120,10 @@ impl Machine {
 }
 
 /// The factors of operations, memory and transfers that fit the runs best.
-fn factors(runs: &[Run]) -> [f64; 3] {
+fn factors(runs: &[&Run]) -> [f64; 3] {
     let cost = |logs: [f64; 3]| {
         let factors = logs.map(f64::exp);
-        let misfit = |run: &Run| ((run.predicted.scaled(factors) / run.seconds).ln() / NOISE).powi(2);
+        let misfit = |run: &&Run| ((run.predicted.scaled(factors) / run.seconds).ln() / NOISE).powi(2);
         runs.iter().map(misfit).sum::<f64>() + logs.iter().map(|log| (log / PRIOR).powi(2)).sum::<f64>()
     };
     // Coordinate descent with steps that shrink: the cost is smooth, and has three arguments.
@@ -147,7 +153,8 @@ mod tests {
     use super::*;
 
     fn run(operations: f64, memory: f64, transfers: f64, seconds: f64) -> Run {
-        Run { what: "a step".into(), predicted: Parts { operations, memory, transfers }, seconds }
+        let goal = Goal::Train { batch: 1, tokens: 1 };
+        Run::new("a step", &goal, Parts { operations, memory, transfers }, seconds)
     }
 
     /// Runs of a machine on which operations, memory and transfers take these multiples.
@@ -163,31 +170,38 @@ mod tests {
     #[test]
     fn factors_are_those_of_the_runs() {
         let want = [1.3, 0.8, 1.9];
-        for (got, want) in factors(&runs(want, 30)).into_iter().zip(want) {
+        for (got, want) in factors(&runs(want, 30).iter().collect::<Vec<_>>()).into_iter().zip(want) {
             assert!((got / want - 1.0).abs() < 0.03, "{got} and {want}");
         }
         assert_eq!(factors(&[]), [1.0; 3]);
         // One run does not determine three factors: that of the largest part changes most.
-        let [operations, memory, transfers] = factors(&[run(1.0, 0.01, 0.01, 2.0)]);
+        let [operations, memory, transfers] = factors(&[&run(1.0, 0.01, 0.01, 2.0)]);
         assert!((1.8..2.0).contains(&operations), "{operations}");
         assert!((0.99..1.1).contains(&memory) && (0.99..1.1).contains(&transfers), "{memory}, {transfers}");
         // A run that took a hundred times as long does not change a rate without limit.
-        assert_eq!(factors(&[run(1.0, 1.0, 1.0, 100.0)]), [MOST; 3].map(|most| most.ln().exp()));
+        assert_eq!(factors(&[&run(1.0, 1.0, 1.0, 100.0)]), [MOST; 3].map(|most| most.ln().exp()));
     }
 
     #[test]
     fn a_calibrated_machine_has_other_rates_and_its_own_error() {
         let mut machine = Machine::preset("h200").unwrap();
-        assert_eq!(machine.calibrated(), machine);
+        let train = Goal::Train { batch: 1, tokens: 1 };
+        assert_eq!(machine.calibrated(&train), machine);
         machine.runs = runs([2.0, 0.5, 3.0], 3);
-        assert_eq!(machine.calibrated().error, machine.error);
+        assert_eq!(machine.calibrated(&train).error, machine.error);
         // The binary fractions of these runs are read as they were written.
         machine.runs = runs([2.0, 0.5, 3.0], 40);
         let text = machine.to_json().unwrap();
         assert_eq!(Machine::parse(&text).unwrap(), machine, "runs are kept");
-        let calibrated = machine.calibrated();
+        let calibrated = machine.calibrated(&train);
         assert_eq!(calibrated.error, 0.03);
         assert!(calibrated.runs.is_empty());
+        let serve = machine.calibrated(&Goal::Serve { batch: 1, context: 1 });
+        assert_eq!(serve, Machine { runs: Vec::new(), ..machine.clone() }, "runs of training only");
+        let mut other = Machine { runs: vec![run(1.0, 1.0, 1.0, 100.0)], ..machine.clone() };
+        assert!((other.calibrated(&train).error / 1.76 - 1.0).abs() < 1e-9, "the factors are at most 4");
+        other.runs[0].seconds = 1e-9;
+        assert_eq!(other.calibrated(&train).error, MOST_ERROR);
         let near = |got: f64, want: f64| assert!((got / want - 1.0).abs() < 0.1, "{got} and {want}");
         let types = |machine: &Machine| machine.rates[0].types["bf16"].clone();
         near(types(&calibrated).products.peak, types(&machine).products.peak / 2.0);

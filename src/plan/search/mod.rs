@@ -58,7 +58,7 @@ pub fn plan(job: &Job, machine: &Machine) -> Result<Plans> {
 pub fn plan_within(job: &Job, machine: &Machine, limits: &Limits) -> Result<Plans> {
     machine.check()?;
     check(job, machine, limits)?;
-    let calibrated = machine.calibrated();
+    let calibrated = machine.calibrated(&job.goal);
     let plans = match job.goal {
         Goal::Train { batch, tokens } => training::search(job, &calibrated, limits, batch, tokens),
         Goal::Serve { batch, context } => serving::search(job, &calibrated, limits, batch, context),
@@ -66,7 +66,8 @@ pub fn plan_within(job: &Job, machine: &Machine, limits: &Limits) -> Result<Plan
     plans.map(|plans| Plans { machine: machine.clone(), ..plans })
 }
 
-/// The plan of one strategy, whatever its memory. The machine's rates are calibrated to its runs.
+/// The plan of one strategy, whatever its memory. The machine's rates are calibrated to its runs of
+/// the same goal.
 ///
 /// # Errors
 /// As [`plan_within`] and [`Strategy::check`]. Also when the model has fewer blocks than the
@@ -77,7 +78,7 @@ pub fn predict(job: &Job, machine: &Machine, strategy: &Strategy) -> Result<Plan
     let Strategy { data, pipeline, tensor, .. } = *strategy;
     let limits = Limits::default().with_data(data).with_pipeline(pipeline).with_tensor(tensor);
     check(job, machine, &limits)?;
-    let machine = machine.calibrated();
+    let machine = machine.calibrated(&job.goal);
     match job.goal {
         Goal::Train { batch, tokens } => training::predict(job, &machine, *strategy, batch, tokens),
         Goal::Serve { batch, context } => serving::evaluate(job, &machine, strategy, batch, context),

@@ -147,7 +147,8 @@ pub(super) fn text(report: &Report) -> String {
     if let Some(why) = report.why() {
         lines.extend(wrapped(&format!("Why 1 over 2: {why}")));
     }
-    lines.push(format!("{} strategies were considered. Refused:", report.considered));
+    let refused = if report.refused.is_empty() { "" } else { " Refused:" };
+    lines.push(format!("{} strategies were considered.{refused}", report.considered));
     for refusal in &report.refused {
         lines.extend(wrapped(&format!("{:>6} {}", refusal.count, refusal.reason)));
     }

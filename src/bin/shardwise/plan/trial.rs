@@ -5,15 +5,20 @@ use serde::Serialize;
 use shardwise::{
     Error, Result,
     launch::Threads,
-    plan::{Job, Machine, Plan, Run, Strategy, Transport, parts, text::time, time_steps},
+    plan::{
+        Job, Machine, Plan, Run, Strategy, Transport, parts,
+        text::{bytes, time},
+        time_steps,
+    },
 };
 use std::{
     fs,
     io::{self, Write},
     num::NonZeroUsize,
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
+use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 use tempfile::NamedTempFile;
 
 const OP: &str = "plan --try";
@@ -41,7 +46,7 @@ pub(super) struct Trial {
     pub(super) won: bool,
 }
 
-/// Checks that plans for the machine can be run here.
+/// Checks that plans for the machine can be run here, and that runs can be added to its file.
 pub(super) fn check(name: &str, machine: &Machine) -> Result<()> {
     let unsupported = |reason: &str| Err(Error::Unsupported { op: OP, reason: reason.into() });
     match machine.transport {
@@ -63,6 +68,10 @@ pub(super) fn check(name: &str, machine: &Machine) -> Result<()> {
             ));
         }
     }
+    folder(Path::new(name)).and_then(NamedTempFile::new_in).map_err(|error| {
+        let reason = format!("runs are added to {name}, but its folder cannot be written: {error}");
+        Error::invalid(OP, reason)
+    })?;
     let Machine { ranks, ranks_per_node, .. } = *machine;
     if ranks > ranks_per_node {
         let reason = format!(
@@ -83,14 +92,19 @@ pub(super) fn run(
     count: usize,
     mut show: impl FnMut(&str) -> io::Result<()>,
 ) -> io::Result<Vec<Trial>> {
+    if report.best.is_empty() {
+        return Ok(Vec::new());
+    }
     show("\nTried with random weights:")?;
     let mut trials: Vec<Trial> = Vec::new();
     for (at, plan) in report.best.iter().take(count).enumerate() {
         let Plan { strategy, seconds: predicted, .. } = *plan;
         let failed = |error| io::Error::other(format!("plan {} ({strategy}): {error}", at + 1));
+        if report.machine.transport == Some(Transport::Threads) {
+            has_memory(plan).map_err(failed)?;
+        }
         let measured = measure(job, &report.machine, plan).map_err(failed)?;
         let parts = parts(job, &report.machine, &strategy).map_err(failed)?;
-        add(file, Run::new(report.what(&strategy), parts, measured))?;
         let error = predicted / measured - 1.0;
         show(&format!(
             "{:>3}  predicted {:>8}  measured {:>8}  error {:>+6.1}%",
@@ -99,6 +113,7 @@ pub(super) fn run(
             time(measured),
             100.0 * error
         ))?;
+        add(file, &report.machine, Run::new(report.what(&strategy), &job.goal, parts, measured))?;
         trials.push(Trial { strategy, predicted, measured, error, won: false });
     }
     let fastest =
@@ -112,6 +127,25 @@ pub(super) fn run(
         ))?;
     }
     Ok(trials)
+}
+
+/// Checks that this machine has the memory of all ranks of a plan. Without it, the operating system
+/// may end other programs.
+fn has_memory(plan: &Plan) -> Result<()> {
+    let replicas = (plan.strategy.data * plan.strategy.tensor) as u64;
+    let needed: u64 = plan.ranks.iter().map(|rank| rank.memory.total().saturating_mul(replicas)).sum();
+    let available = System::new_with_specifics(
+        RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram()),
+    )
+    .available_memory();
+    // 0 if unknown.
+    if available > 0 && needed > available {
+        let (needed, available) = (bytes(needed), bytes(available));
+        let reason =
+            format!("its ranks hold {needed} together, but only {available} of this machine are available");
+        return Err(Error::invalid(OP, reason));
+    }
+    Ok(())
 }
 
 /// Runs steps of a plan and returns the median of their seconds.
@@ -133,10 +167,17 @@ fn measure(job: &Job, machine: &Machine, plan: &Plan) -> Result<f64> {
     Ok(seconds[seconds.len() / 2])
 }
 
-/// Adds a run to a machine's file, and removes its oldest run if there are too many. The file is
+/// Adds a run to the file of the machine that was planned, and removes its oldest run if there are too many. The file is
 /// replaced as a whole.
-fn add(file: &Path, run: Run) -> io::Result<()> {
+fn add(file: &Path, planned: &Machine, run: Run) -> io::Result<()> {
     let mut machine = Machine::read(file).map_err(io::Error::other)?;
+    let runs = std::mem::replace(&mut machine.runs, planned.runs.clone());
+    // Fewer ranks may be planned than the machine has.
+    if machine.clone().with_ranks(planned.ranks) != *planned {
+        let reason = format!("{}: the file has another machine than that of the plans", file.display());
+        return Err(io::Error::other(reason));
+    }
+    machine.runs = runs;
     machine.runs.push(run);
     let old = machine.runs.len().saturating_sub(KEPT);
     machine.runs.drain(..old);
@@ -144,11 +185,17 @@ fn add(file: &Path, run: Run) -> io::Result<()> {
     replace(file, &text).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", file.display())))
 }
 
+/// The folder of a file, or of the file to which a link refers.
+fn folder(path: &Path) -> io::Result<PathBuf> {
+    let path = path.canonicalize()?;
+    Ok(path.parent().unwrap_or(Path::new(".")).into())
+}
+
 /// Writes a file in the folder of `path`, and gives it the name of `path`.
 fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = NamedTempFile::new_in(folder(path)?)?;
     // A link stays a link.
     let path = path.canonicalize()?;
-    let mut file = NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
     file.write_all(text.as_bytes())?;
     file.as_file().set_permissions(fs::metadata(&path)?.permissions())?;
     file.as_file().sync_all()?;
@@ -162,6 +209,7 @@ mod tests {
     use shardwise::{
         device::DType,
         models::DecoderConfig,
+        plan::Goal,
         prelude::{Activation, AttentionConfig, BlockConfig, NormKind},
     };
 
@@ -172,16 +220,26 @@ mod tests {
         let [file, link] = ["machine.json", "link.json"].map(|name| folder.path().join(name));
         let mut machine = Machine::preset("h200").unwrap();
         let text = r#"{"operations": 1.0, "memory": 0.1, "transfers": 0.0}"#;
-        let run = |at: usize| Run::new(at.to_string(), serde_json::from_str(text).unwrap(), 1.5);
+        let run = |at: usize| {
+            Run::new(
+                at.to_string(),
+                &Goal::Train { batch: 1, tokens: 1 },
+                serde_json::from_str(text).unwrap(),
+                1.5,
+            )
+        };
         machine.runs = (0..KEPT).map(run).collect();
         fs::write(&file, machine.to_json().unwrap()).unwrap();
         std::os::unix::fs::symlink(&file, &link).unwrap();
-        add(&link, run(KEPT)).unwrap();
+        add(&link, &machine, run(KEPT)).unwrap();
         machine.runs = (1..=KEPT).map(run).collect();
         assert_eq!(Machine::read(&file).unwrap(), machine);
         assert!(link.is_symlink() && fs::read_dir(folder.path()).unwrap().count() == 2);
-        let error = add(&folder.path().join("absent.json"), run(0)).unwrap_err().to_string();
+        let error = add(&folder.path().join("absent.json"), &machine, run(0)).unwrap_err().to_string();
         assert!(error.contains("absent.json"), "{error}");
+        machine.error = 0.5;
+        let error = add(&file, &machine, run(0)).unwrap_err().to_string();
+        assert!(error.contains("another machine than that of the plans"), "{error}");
     }
 
     #[test]
