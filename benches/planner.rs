@@ -4,7 +4,8 @@
 //!
 //! Measures the machine, then trains three models under many strategies on one and two ranks, and
 //! under a few on more ranks than two cores. Eight of the runs calibrate the machine, and the
-//! others are predicted. Each round runs every strategy once, so that all share the noise of the machine.
+//! others are predicted. Each round runs every strategy once, so that all share the noise of the
+//! machine.
 
 use clap::Parser;
 use shardwise::{

@@ -167,8 +167,8 @@ fn measure(job: &Job, machine: &Machine, plan: &Plan) -> Result<f64> {
     Ok(seconds[seconds.len() / 2])
 }
 
-/// Adds a run to the file of the machine that was planned, and removes its oldest run if there are too many. The file is
-/// replaced as a whole.
+/// Adds a run to the file of the machine that was planned, and removes its oldest run if there are
+/// too many. The file is replaced as a whole.
 fn add(file: &Path, planned: &Machine, run: Run) -> io::Result<()> {
     let mut machine = Machine::read(file).map_err(io::Error::other)?;
     let runs = std::mem::replace(&mut machine.runs, planned.runs.clone());
