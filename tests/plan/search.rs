@@ -3,7 +3,9 @@
 use crate::{TOKENS, models};
 use shardwise::{
     device::DType,
-    plan::{Job, Limits, Machine, Plan, Preview, Strategy, Verdict, plan, plan_within},
+    plan::{
+        Goal, Job, Limits, Machine, Plan, Preview, Run, Strategy, Verdict, parts, plan, plan_within, predict,
+    },
     shard::Heads,
 };
 
@@ -30,6 +32,71 @@ fn plans_have_the_memory_of_their_fullest_ranks() {
             }
         }
     }
+}
+
+/// A strategy that is planned by itself has the plan that the search finds, and its parts are its
+/// seconds.
+#[test]
+fn a_strategy_has_the_plan_of_the_search() {
+    for (name, dtype, config) in models() {
+        for job in [Job::train(config.clone(), dtype, 8, TOKENS), Job::serve(config, dtype, 8, TOKENS)] {
+            let machine = machine(4);
+            for best in plan(&job, &machine).unwrap().best {
+                let strategy = best.strategy;
+                assert_eq!(predict(&job, &machine, &strategy).unwrap(), best, "{name}, {strategy}");
+                let parts = parts(&job, &machine, &strategy).unwrap();
+                let (total, seconds) = (parts.total(), best.seconds);
+                assert!((total / seconds - 1.0).abs() < 1e-6, "{name}, {strategy}: {total} and {seconds}");
+                // The replicas of generation do not communicate.
+                let ranks =
+                    if let Goal::Serve { .. } = job.goal { strategy.tensor } else { strategy.ranks() };
+                assert_eq!(parts.transfers > 0.0, ranks > 1, "{name}, {strategy}: {parts:?}");
+            }
+        }
+    }
+}
+
+/// On two cores, four ranks that compute all the time take twice as long. Ranks of a pipeline that
+/// wait leave their core to others.
+#[test]
+fn more_ranks_than_cores_take_turns_and_share_the_memory() {
+    let (_, dtype, config) = models().into_iter().next().unwrap();
+    let job = Job::train(config, dtype, 8, TOKENS);
+    let (mut machine, mut crowded) = (machine(4), machine(4));
+    crowded.rates[0].ranks = 2;
+    let (tensor, pipeline) = (Strategy::new(1, 1, 4, 8), Strategy::new(1, 4, 1, 1).with_microbatches(8));
+    let slower = |strategy| {
+        let seconds = |machine| predict(&job, machine, &strategy).unwrap().seconds;
+        seconds(&crowded) / seconds(&machine)
+    };
+    let (tensor_parallel, pipelined) = (slower(tensor), slower(pipeline));
+    assert!((1.9..=2.0).contains(&tensor_parallel), "{tensor_parallel}");
+    assert!((1.0..1.9).contains(&pipelined), "{pipelined}");
+
+    let peak = predict(&job, &machine, &tensor).unwrap().ranks[0].memory.total();
+    machine.memory = 2 * peak;
+    let verdict = |machine: &Machine| predict(&job, machine, &tensor).unwrap().verdict;
+    assert_eq!(verdict(&machine), Verdict::Fits);
+    machine.shares_memory = true;
+    assert_eq!(verdict(&machine), Verdict::OutOfMemory);
+    machine.memory = 8 * peak;
+    assert_eq!(verdict(&machine), Verdict::Fits);
+}
+
+/// Steps that took twice as long as predicted calibrate the predictions of their goal.
+#[test]
+fn runs_calibrate_predictions() {
+    let (_, dtype, config) = models().into_iter().next().unwrap();
+    let train = Job::train(config.clone(), dtype, 8, TOKENS);
+    let serve = Job::serve(config, dtype, 8, TOKENS);
+    let (mut machine, strategy) = (machine(2), Strategy::new(1, 1, 2, 8));
+    let seconds = |machine: &Machine, job| predict(job, machine, &strategy).unwrap().seconds;
+    let (trained, served) = (seconds(&machine, &train), seconds(&machine, &serve));
+    let parts = parts(&train, &machine, &strategy).unwrap();
+    machine.runs = vec![Run::new("a step", &train.goal, parts, 2.0 * trained); 5];
+    let calibrated = seconds(&machine, &train) / trained;
+    assert!((calibrated / 2.0 - 1.0).abs() < 0.02, "{calibrated}");
+    assert_eq!(seconds(&machine, &serve), served);
 }
 
 /// The search skips most strategies. Its best is the best of all, each planned by itself.
