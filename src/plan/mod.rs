@@ -22,6 +22,7 @@
 //! | [`Timeline`] | the passes and exchanges of a pipeline |
 //! | [`megatron`] | closed forms for models that Megatron-LM trains |
 
+mod bounds;
 mod dry;
 mod job;
 mod limits;

@@ -1,6 +1,6 @@
 //! Plans that are read from files.
 
-use super::{Plan, RankUse};
+use super::{Plan, RankUse, bounds::at_least_0};
 use crate::{
     error::{Error, Result, same_size},
     models,
@@ -51,7 +51,7 @@ impl Plan {
             ("exposed.pipeline", self.exposed.pipeline),
             ("exchange", self.exchange),
         ] {
-            at_least_0(what, value)?;
+            at_least_0(OP, what, value)?;
         }
         Ok(())
     }
@@ -61,8 +61,8 @@ fn check_rank(rank: &RankUse, at: usize, chunks: usize) -> Result<()> {
     same_size(OP, "`pipeline` of a rank", rank.pipeline, "its place in `ranks`", at)?;
     same_size(OP, "the number of `passes` of a rank", rank.passes.len(), "`chunks`", chunks)?;
     for passes in &rank.passes {
-        at_least_0("forward", passes.forward)?;
-        at_least_0("backward", passes.backward)?;
+        at_least_0(OP, "forward", passes.forward)?;
+        at_least_0(OP, "backward", passes.backward)?;
     }
     let memory = &rank.memory;
     let parts = [
@@ -77,13 +77,6 @@ fn check_rank(rank: &RankUse, at: usize, chunks: usize) -> Result<()> {
         Some(_) => Ok(()),
         None => Err(Error::invalid(OP, format!("the memory of pipeline rank {at} overflows: {parts:?}"))),
     }
-}
-
-fn at_least_0(what: &str, value: f64) -> Result<()> {
-    if value.is_finite() && value >= 0.0 {
-        return Ok(());
-    }
-    Err(Error::invalid(OP, format!("`{what}` is {value}, but has to be at least 0")))
 }
 
 #[cfg(test)]

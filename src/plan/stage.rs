@@ -188,6 +188,14 @@ impl<'a> Stage<'a> {
         }
     }
 
+    /// The transfers between the two ends of a pipeline, if they share a tied table.
+    fn tied_transfers(&self) -> Option<[Transfer; 2]> {
+        let is_end = self.rank == 0 || self.is_last();
+        let reduce = |dtype, elements| Transfer { op: Op::AllReduce, dtype, elements };
+        let shares = self.dry.tied > 0 && self.strategy.pipeline > 1 && is_end;
+        shares.then(|| [reduce(DType::F64, 1), reduce(ACCUMULATOR, self.dry.tied)])
+    }
+
     /// The transfers of a step.
     pub(super) fn traffic(&self) -> Traffic {
         let Strategy { microbatches, pipeline, tensor, chunks, .. } = *self.strategy;
@@ -210,12 +218,7 @@ impl<'a> Stage<'a> {
         if sends > 0 {
             traffic.pipeline.insert(self.dry.exchange(self.dtype), (sends * microbatches) as u64);
         }
-        let is_end = self.rank == 0 || self.is_last();
-        if self.dry.tied > 0 && pipeline > 1 && is_end {
-            let reduce = |dtype, elements| Transfer { op: Op::AllReduce, dtype, elements };
-            traffic.ends.insert(reduce(DType::F64, 1), 1);
-            traffic.ends.insert(reduce(ACCUMULATOR, self.dry.tied), 1);
-        }
+        traffic.ends.extend(self.tied_transfers().into_iter().flatten().map(|transfer| (transfer, 1)));
         for elements in self.buckets().elements {
             let reduce = Transfer { op: Op::AllReduce, dtype: ACCUMULATOR, elements };
             *traffic.data.entry(reduce).or_default() += 1;
@@ -283,11 +286,8 @@ impl<'a> Stage<'a> {
     /// table's gradient, and of the gradient norm.
     pub(super) fn end_times(&self, machine: &Machine) -> f64 {
         let Strategy { pipeline, tensor, .. } = *self.strategy;
-        let traffic = self.traffic();
-        let ends = traffic.ends.iter().map(|(transfer, count)| {
-            let stride = tensor * (pipeline - 1);
-            machine.seconds(transfer, 2, stride) * *count as f64
-        });
+        let ends = self.tied_transfers().into_iter().flatten();
+        let ends = ends.map(|transfer| machine.seconds(&transfer, 2, tensor * (pipeline - 1)));
         let norm = |ranks, stride| machine.seconds(&norm(ranks), ranks, stride);
         ends.sum::<f64>() + norm(tensor, 1) + norm(pipeline, tensor)
     }

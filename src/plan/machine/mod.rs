@@ -13,6 +13,7 @@ pub use runs::{Parts, Run};
 use crate::{
     comm::Op,
     error::{Error, Result},
+    plan::bounds::{at_least_0, positive},
 };
 use serde::{Deserialize, Serialize};
 
@@ -124,13 +125,12 @@ impl Machine {
     /// # Errors
     /// When a rate, a bandwidth, the memory or a number of ranks is not positive, when a share is
     /// not between 0 and 1, when a list is empty or not ascending, when a number is not finite, or
-    /// when the rates or a link are missing. The error names the field and
-    /// the number.
+    /// when the rates or a link are missing. The error names the field and the number.
     pub fn check(&self) -> Result<()> {
-        positive("ranks", self.ranks as f64)?;
-        positive("ranks_per_node", self.ranks_per_node as f64)?;
-        positive("memory", self.memory as f64)?;
-        positive("fits", self.fits)?;
+        positive(OP, "ranks", self.ranks as f64)?;
+        positive(OP, "ranks_per_node", self.ranks_per_node as f64)?;
+        positive(OP, "memory", self.memory as f64)?;
+        positive(OP, "fits", self.fits)?;
         if !(self.fits <= self.tight && self.tight <= 1.0) {
             let reason = format!(
                 "`fits` is {} and `tight` is {}, but fits ≤ tight ≤ 1 has to hold",
@@ -171,7 +171,7 @@ impl Machine {
             let reason = format!("`overlap` is {:?}, but has to be between 1 and 2", self.overlap);
             return Err(Error::invalid(OP, reason));
         }
-        at_least_0("error", self.error)?;
+        at_least_0(OP, "error", self.error)?;
         if self.error > MOST_ERROR {
             let reason = format!("`error` is {:e}, but has to be at most {MOST_ERROR}", self.error);
             return Err(Error::invalid(OP, reason));
@@ -202,22 +202,8 @@ impl Collective {
             ));
         }
         let of = |field: &str| format!("collectives: {op} of {ranks} ranks: {field}");
-        positive(&of("ranks"), *ranks as f64)?;
-        at_least_0(&of("latency"), *latency)?;
-        positive(&of("bandwidth"), *bandwidth)
+        positive(OP, &of("ranks"), *ranks as f64)?;
+        at_least_0(OP, &of("latency"), *latency)?;
+        positive(OP, &of("bandwidth"), *bandwidth)
     }
-}
-
-fn positive(what: &str, value: f64) -> Result<()> {
-    if value.is_finite() && value > 0.0 {
-        return Ok(());
-    }
-    Err(Error::invalid(OP, format!("`{what}` is {value}, but has to be positive")))
-}
-
-fn at_least_0(what: &str, value: f64) -> Result<()> {
-    if value.is_finite() && value >= 0.0 {
-        return Ok(());
-    }
-    Err(Error::invalid(OP, format!("`{what}` is {value}, but has to be at least 0")))
 }

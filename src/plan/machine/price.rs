@@ -1,10 +1,11 @@
 //! The seconds of kernels and transfers.
 
-use super::{Machine, OP, Rates, at_least_0, positive};
+use super::{Machine, OP, Rates};
 use crate::{
     comm::{Op, Transfer},
     device::{DType, Work},
     error::{Error, Result},
+    plan::bounds::{at_least_0, positive},
 };
 use serde::{Deserialize, Serialize};
 
@@ -94,8 +95,8 @@ impl Machine {
 
 impl Link {
     pub(super) fn check(&self, what: &str) -> Result<()> {
-        at_least_0(&format!("{what}.latency"), self.latency)?;
-        positive(&format!("{what}.bandwidth"), self.bandwidth)
+        at_least_0(OP, &format!("{what}.latency"), self.latency)?;
+        positive(OP, &format!("{what}.bandwidth"), self.bandwidth)
     }
 
     /// The seconds of a transfer in a group of n = `ranks` ranks: messages · latency +

@@ -1,9 +1,10 @@
 //! The rates of a rank's kernels.
 
-use super::{OP, TYPES, at_least_0, positive};
+use super::{OP, TYPES};
 use crate::{
     device::WorkKind,
     error::{Error, Result},
+    plan::bounds::{at_least_0, positive},
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -68,9 +69,9 @@ const FAMILIES: [WorkKind; 7] = [
 
 impl Rates {
     pub(super) fn check(&self) -> Result<()> {
-        positive("rates.ranks", self.ranks as f64)?;
-        positive("rates.threads", self.threads as f64)?;
-        at_least_0("rates.launch", self.launch)?;
+        positive(OP, "rates.ranks", self.ranks as f64)?;
+        positive(OP, "rates.threads", self.threads as f64)?;
+        at_least_0(OP, "rates.launch", self.launch)?;
         for (dtype, rates) in &self.types {
             if !TYPES.contains(&&**dtype) {
                 let known = TYPES.join(", ");

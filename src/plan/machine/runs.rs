@@ -1,7 +1,13 @@
 //! Steps that were run on a machine, and the calibration of its rates to them.
 
-use super::{Collective, Link, MOST_ERROR, Machine, Rate, at_least_0, positive};
-use crate::{error::Result, plan::Goal};
+use super::{Collective, Link, MOST_ERROR, Machine, OP, Rate};
+use crate::{
+    error::Result,
+    plan::{
+        Goal,
+        bounds::{at_least_0, positive},
+    },
+};
 use serde::{Deserialize, Serialize};
 
 /// The predicted seconds of a step, by what takes them. Their sum is the step.
@@ -63,11 +69,11 @@ impl Run {
 
     pub(super) fn check(&self) -> Result<()> {
         let Self { what, predicted, seconds, .. } = self;
-        positive(&format!("runs: {what}: seconds"), *seconds)?;
-        at_least_0(&format!("runs: {what}: predicted.operations"), predicted.operations)?;
-        at_least_0(&format!("runs: {what}: predicted.memory"), predicted.memory)?;
-        at_least_0(&format!("runs: {what}: predicted.transfers"), predicted.transfers)?;
-        positive(&format!("runs: {what}: predicted"), predicted.total())
+        positive(OP, &format!("runs: {what}: seconds"), *seconds)?;
+        at_least_0(OP, &format!("runs: {what}: predicted.operations"), predicted.operations)?;
+        at_least_0(OP, &format!("runs: {what}: predicted.memory"), predicted.memory)?;
+        at_least_0(OP, &format!("runs: {what}: predicted.transfers"), predicted.transfers)?;
+        positive(OP, &format!("runs: {what}: predicted"), predicted.total())
     }
 }
 
@@ -105,13 +111,11 @@ impl Machine {
                 rates.kernels.values_mut().for_each(|rate| slower(rate, memory));
             }
         }
-        for Link { latency, bandwidth } in
-            [Some(&mut machine.node), machine.network.as_mut()].into_iter().flatten()
-        {
-            *latency *= transfers;
-            *bandwidth /= transfers;
-        }
-        for Collective { latency, bandwidth, .. } in &mut machine.collectives {
+        let links = [Some(&mut machine.node), machine.network.as_mut()].into_iter().flatten();
+        let links = links.map(|Link { latency, bandwidth }| (latency, bandwidth));
+        let collectives = machine.collectives.iter_mut();
+        let collectives = collectives.map(|Collective { latency, bandwidth, .. }| (latency, bandwidth));
+        for (latency, bandwidth) in links.chain(collectives) {
             *latency *= transfers;
             *bandwidth /= transfers;
         }
