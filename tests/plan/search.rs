@@ -41,7 +41,9 @@ fn a_strategy_has_the_plan_of_the_search() {
     for (name, dtype, config) in models() {
         for job in [Job::train(config.clone(), dtype, 8, TOKENS), Job::serve(config, dtype, 8, TOKENS)] {
             let machine = machine(4);
-            for best in plan(&job, &machine).unwrap().best {
+            let plans = plan(&job, &machine).unwrap().best;
+            assert!(!plans.is_empty(), "{name}");
+            for best in plans {
                 let strategy = best.strategy;
                 assert_eq!(predict(&job, &machine, &strategy).unwrap(), best, "{name}, {strategy}");
                 let parts = parts(&job, &machine, &strategy).unwrap();
@@ -260,6 +262,10 @@ fn bad_jobs_are_refused_with_what_would_work() {
     let serve = Job::serve(config.clone(), dtype, 8, TOKENS);
     let got = text(&serve, &endless, &limits);
     assert!(got.contains("a prefill takes inf seconds"), "{got}");
+    let mut slow = machine(2);
+    slow.node.bandwidth = 1e-305;
+    let got = text(&job, &slow, &limits.with_data(2));
+    assert!(got.contains("the reduction of gradients takes inf seconds"), "{got}");
     let mut slow = machine(2);
     slow.network.as_mut().unwrap().bandwidth = -1.0;
     assert_eq!(text(&job, &slow, &limits), "machine: `network.bandwidth` is -1, but has to be positive");

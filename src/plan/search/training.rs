@@ -43,15 +43,14 @@ pub(super) fn search(
     batch: usize,
     tokens: usize,
 ) -> Result<Plans> {
-    let (_, kinds) = dry::kinds(&job.model);
-    let mut search = Search { job, machine, batch, tokens, kinds, groups: HashMap::new() };
+    let mut search = Search::new(job, machine, batch, tokens);
     let (mut refusals, mut considered, mut candidates) = (impossible(job, machine, batch), 0, Vec::new());
     for sizes in search.strategies(limits) {
         considered += sizes.len();
         let mut least = 0;
         for strategy in sizes {
-            // Larger microbatches of a mesh hold more.
             let limit = machine.rank_memory(strategy.ranks()) as f64 * machine.tight;
+            // Larger microbatches of a mesh hold more.
             if least as f64 > limit {
                 refusals.out_of_memory(least, &strategy);
                 continue;
@@ -122,16 +121,18 @@ pub(super) fn predict(
     batch: usize,
     tokens: usize,
 ) -> Result<Plan> {
-    let (_, kinds) = dry::kinds(&job.model);
-    let mut search = Search { job, machine, batch, tokens, kinds, groups: HashMap::new() };
+    let mut search = Search::new(job, machine, batch, tokens);
     let group = search.group(&strategy)?;
-    let memory = search.memory(&group, &strategy)?;
-    let fullest = memory.iter().max_by_key(|memory| memory.total());
-    let verdict = fullest.map_or(Verdict::OutOfMemory, |memory| verdict(machine, &strategy, memory));
+    let (memory, verdict) = search.memory(&group, &strategy)?;
     search.plan(&group, strategy, memory, verdict)
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    fn new(job: &'a Job, machine: &'a Machine, batch: usize, tokens: usize) -> Self {
+        let (_, kinds) = dry::kinds(&job.model);
+        Self { job, machine, batch, tokens, kinds, groups: HashMap::new() }
+    }
+
     /// Lists the strategies, without recomputation. Those of one list differ only in their
     /// microbatches, which ascend in size.
     fn strategies(&self, limits: &Limits) -> Vec<Vec<Strategy>> {
@@ -182,7 +183,7 @@ impl Search<'_> {
         Ok(group)
     }
 
-    fn stage<'a>(&'a self, dry: &'a Training, strategy: &'a Strategy, rank: usize) -> Stage<'a> {
+    fn stage<'b>(&'b self, dry: &'b Training, strategy: &'b Strategy, rank: usize) -> Stage<'b> {
         Stage::new(dry, strategy, rank, self.job.dtype, &self.kinds)
     }
 
@@ -237,10 +238,7 @@ impl Search<'_> {
         let layers = self.kinds.len();
         let planned = |recomputed| {
             let strategy = strategy.with_recomputed(recomputed);
-            let memory = self.memory(&group, &strategy)?;
-            let fullest = memory.iter().max_by_key(|memory| memory.total());
-            let verdict =
-                fullest.map_or(Verdict::OutOfMemory, |memory| verdict(self.machine, &strategy, memory));
+            let (memory, verdict) = self.memory(&group, &strategy)?;
             Ok::<_, Error>((strategy, memory, verdict))
         };
         let mut plan = planned(0)?;
@@ -269,8 +267,9 @@ impl Search<'_> {
         Ok(plan)
     }
 
-    /// The memory of each pipeline rank: of its fullest tensor-parallel rank.
-    fn memory(&self, group: &Group, strategy: &Strategy) -> Result<Vec<Memory>> {
+    /// The memory of each pipeline rank, which is that of its fullest tensor-parallel rank, and
+    /// whether the machine's memory suffices.
+    fn memory(&self, group: &Group, strategy: &Strategy) -> Result<(Vec<Memory>, Verdict)> {
         // The first microbatches fill the memory.
         let Strategy { pipeline, chunks, microbatches, .. } = *strategy;
         let enough = if chunks == 1 { pipeline + 1 } else { 3 * pipeline };
@@ -281,7 +280,10 @@ impl Search<'_> {
             let fullest = group.iter().map(memory).max_by_key(Memory::total);
             fullest.ok_or_else(|| Error::internal(OP, "a tensor-parallel group without ranks"))
         };
-        actions.iter().enumerate().map(of).collect()
+        let memory = actions.iter().enumerate().map(of).collect::<Result<Vec<_>>>()?;
+        let fullest = memory.iter().max_by_key(|memory| memory.total());
+        let verdict = fullest.map_or(Verdict::OutOfMemory, |memory| verdict(self.machine, strategy, memory));
+        Ok((memory, verdict))
     }
 
     fn plan(&self, group: &Group, strategy: Strategy, memory: Vec<Memory>, verdict: Verdict) -> Result<Plan> {
@@ -319,6 +321,8 @@ impl Search<'_> {
                 ends = ends.max(stage.end_times(machine));
                 let (times, copies) = stage.reduce_times(machine)?;
                 let (all, last) = (times.iter().sum::<f64>(), times.last().copied().unwrap_or(0.0));
+                // Otherwise the differences below are NaN, which `max` ignores.
+                finite("the reduction of gradients", all)?;
                 let exposed = (all - hidden).max(last);
                 let slower = (machine.overlap - 1.0) * (all - exposed);
                 reduce = reduce.max(exposed + slower + turns * copies);
@@ -337,6 +341,7 @@ impl Search<'_> {
         // Ranks that take turns leave their core to others while they wait.
         let busy = (0..pipeline).map(|rank| timeline.busy(rank)).sum::<f64>() / pipeline as f64;
         let seconds = timeline.seconds.max(turns * busy) + reduce + ends + turns * update;
+        finite("a step", seconds)?;
         let messages = timeline.ranks[busiest].iter().filter(|span| span.work == SpanWork::Exchange).count();
         Ok(Plan {
             strategy,
@@ -358,6 +363,13 @@ impl Search<'_> {
             ranks,
         })
     }
+}
+
+fn finite(what: &str, seconds: f64) -> Result<()> {
+    if seconds.is_finite() {
+        return Ok(());
+    }
+    Err(Error::invalid(OP, format!("{what} takes {seconds} seconds: check the machine's rates")))
 }
 
 /// The numbers of pipeline ranks that are considered: of those whose largest stage has the same
