@@ -138,17 +138,15 @@ impl Measure {
             network: None,
             buffered: on_cpu,
             overlap,
-            // benches/results/2026-11-30-planner.md: a mean of 14 %, before any run calibrates it.
+            // benches/results/2026-11-30-planner.md: a mean of 19.7 % before any run calibrates it.
             error: 0.25,
             transport: Some(transport),
             runs: Vec::new(),
         };
         of_rank_0(world, &machine)
     }
-}
 
-impl Measure {
-    /// Whether each of so many ranks has a core. One rank always has what it needs.
+    /// Whether each of so many ranks has a core.
     fn has_cores(&self, ranks: usize) -> bool {
         self.transport == Transport::Nccl || ranks <= self.cores
     }
