@@ -160,7 +160,9 @@ fn correlation(pairs: &[(f64, f64)]) -> f64 {
     let (mut sum, mut count) = (0.0, 0.0);
     for (at, a) in pairs.iter().enumerate() {
         for b in &pairs[..at] {
-            sum += ((a.0 - b.0) * (a.1 - b.1)).signum();
+            // Equal times are in no order.
+            let product = (a.0 - b.0) * (a.1 - b.1);
+            sum += if product == 0.0 { 0.0 } else { product.signum() };
             count += 1.0;
         }
     }
@@ -211,6 +213,9 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     for case in &cases {
         let (measured, before) = (case.seconds(), case.parts.total());
         let predicted = predict(&case.job, &machine, &case.strategy)?.seconds;
+        if !(measured > 0.0 && predicted > 0.0 && (measured + predicted).is_finite()) {
+            return Err(format!("{}: {measured} s, predicted {predicted} s", case.strategy).into());
+        }
         let run = case.run();
         let is_calibrating = calibrating.contains(&run.what);
         println!(
