@@ -243,6 +243,14 @@ mod tests {
     }
 
     #[test]
+    fn plans_that_need_more_memory_than_there_is_are_not_run() {
+        let mut plan = report("model").best.swap_remove(0);
+        plan.ranks[0].memory.weights = 1 << 50;
+        let error = has_memory(&plan).unwrap_err().to_string();
+        assert!(error.contains("its ranks hold") && error.contains("are available"), "{error}");
+    }
+
+    #[test]
     fn the_plan_that_failed_is_named() {
         let block = BlockConfig::new(
             AttentionConfig::new(8, 2),
