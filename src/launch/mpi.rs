@@ -3,7 +3,7 @@
 use crate::{
     comm::{self, Communicator, Group, Universe},
     device::Cpu,
-    error::{LostReason, Result},
+    error::{Error, LostReason, Result},
     trace,
 };
 use std::{
@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-/// How long a rank that panicked waits before it exits.
+/// How long a rank waits before it returns an error that another process explains better.
 const REPORT: Duration = Duration::from_millis(100);
 
 /// Runs this process's rank of a program that `mpirun` or `srun` has started. It is the counterpart
@@ -61,8 +61,12 @@ impl Mpi {
     /// stays on this thread.
     ///
     /// If other ranks do not leave within the deadline, `MPI_Abort` ends the job, and the numbers
-    /// of these ranks are printed on stderr. If `rank` fails with [`crate::Error::Deadline`], this
+    /// of these ranks are printed on stderr. If `rank` fails with [`Error::Deadline`], this
     /// rank waits only briefly before it aborts. So a stopped process never blocks the others.
+    ///
+    /// `mpirun` ends all processes as soon as one exits with a failure. So a rank whose peer was
+    /// lost returns a little later than that peer, which reports the cause. Print within `rank`
+    /// what every process must report: no process returns before all have left.
     ///
     /// # Errors
     /// When `rank` fails, or when this rank has not received a message that another rank sent to
@@ -85,10 +89,14 @@ impl Mpi {
         comm::settle();
         match result {
             Ok(Ok(result)) => unread.map_or(Ok(result), Err),
-            Ok(Err(error)) => Err(error),
+            Ok(Err(error)) => {
+                if matches!(error, Error::PeerLost { .. }) {
+                    thread::sleep(REPORT);
+                }
+                Err(error)
+            }
+            // The text of the panic is printed already.
             Err(panic) => {
-                // `mpirun` ends the other processes as soon as this one exits. They need this time
-                // to report the panic.
                 thread::sleep(REPORT);
                 resume_unwind(panic)
             }

@@ -129,7 +129,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 /// which the last rank is lost.
 pub(crate) fn scenario() -> Option<ExitCode> {
     let way = std::env::var("SHARDWISE_SCENARIO").ok()?;
-    let done = Mpi::new().deadline(PATIENCE).run(|world| {
+    let role = |world: Group<Cpu>| {
         let mut x = Tensor::<f32>::full(world.device(), [100_000], 1.0)?;
         world.all_reduce(ReduceOp::Sum, &mut x)?;
         let last = world.size() - 1;
@@ -158,12 +158,15 @@ pub(crate) fn scenario() -> Option<ExitCode> {
             world.exchange::<f32>(None, Some((last, started.shape())))?;
         }
         world.start_all_reduce(ReduceOp::Sum, x)?.wait().map(drop)
+    };
+    // Prints the error before `run` returns: the first process that exits with a failure makes
+    // `mpirun` end the others, and no process returns from `run` before all have left the group.
+    // One write per error: `mpirun` mixes what the processes write.
+    let done = Mpi::new().deadline(PATIENCE).run(|world| {
+        role(world).inspect_err(|error| {
+            let line = format!("error: {error}\n");
+            eprint!("{line}");
+        })
     });
-    Some(match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    })
+    Some(if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
