@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rm -f target/release/deps/layer_bits-*.o
+# Cargo would not compile an unchanged example again, and so not write the object.
+touch examples/layer_bits.rs
 # As in the crate of a user: at a lower level rustc would link to other generic functions as well.
 cargo rustc -q --release -p examples --bin layer_bits -- --emit=obj -C codegen-units=1 -C opt-level=3
 object=$(ls target/release/deps/layer_bits-*.o)
