@@ -35,7 +35,7 @@ fn scenarios(lost: usize, missing: &str) -> [(&'static str, String, Duration); 7
         ("fail", format!("rank {lost} was lost (it returned an error)"), said),
         ("panic", format!("rank {lost} was lost (it panicked)"), said),
         // The MPI launcher itself detects these losses.
-        ("exit", "3".into(), soon),
+        ("exit", "Exit code:    3".into(), soon),
         ("kill", format!("process rank {lost} "), soon),
         ("stop", format!("ranks [{missing}] did not join all_reduce"), late),
         ("stop within", format!("ranks [{missing}] did not join all_reduce"), late),
