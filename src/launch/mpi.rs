@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-/// How long a rank waits before it returns an error that another process explains better.
+/// How long a rank waits before it exits, so that other processes can print first.
 const REPORT: Duration = Duration::from_millis(100);
 
 /// Runs this process's rank of a program that `mpirun` or `srun` has started. It is the counterpart
@@ -64,9 +64,9 @@ impl Mpi {
     /// of these ranks are printed on stderr. If `rank` fails with [`Error::Deadline`], this
     /// rank waits only briefly before it aborts. So a stopped process never blocks the others.
     ///
-    /// `mpirun` ends all processes as soon as one exits with a failure. So a rank whose peer was
-    /// lost returns a little later than that peer, which reports the cause. Print within `rank`
-    /// what every process must report: no process returns before all have left.
+    /// `mpirun` ends all processes as soon as one exits with a failure. So a rank that panicked,
+    /// and a rank whose peer returned an error, return a little later than the others. Print within
+    /// `rank` what every process must report: no process returns before all have left.
     ///
     /// # Errors
     /// When `rank` fails, or when this rank has not received a message that another rank sent to
@@ -90,12 +90,13 @@ impl Mpi {
         match result {
             Ok(Ok(result)) => unread.map_or(Ok(result), Err),
             Ok(Err(error)) => {
-                if matches!(error, Error::PeerLost { .. }) {
+                // The rank that returned an error prints the cause.
+                if matches!(error, Error::PeerLost { reason: LostReason::Failed, .. }) {
                     thread::sleep(REPORT);
                 }
                 Err(error)
             }
-            // The text of the panic is printed already.
+            // The cause is printed already. The other ranks print which rank was lost.
             Err(panic) => {
                 thread::sleep(REPORT);
                 resume_unwind(panic)
