@@ -3,6 +3,7 @@
 
 #[cfg(feature = "nccl")]
 mod gpus;
+mod host;
 #[cfg(target_os = "linux")]
 mod job;
 #[cfg(target_os = "linux")]

@@ -1,5 +1,6 @@
 //! Measures the rates of this machine.
 
+use crate::host::Host;
 use clap::Args;
 use shardwise::{
     Error, Result,
@@ -13,7 +14,6 @@ use std::{
     num::NonZeroUsize,
     thread::available_parallelism,
 };
-use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
 /// The most seconds that a measurement may take.
 const MOST: f64 = 30.0;
@@ -66,8 +66,8 @@ impl Request {
         if let Some(gpus) = self.gpus {
             return self.gpus(gpus.get()).map(Some);
         }
-        let host = host();
-        let measure = |transport| self.options(transport, memory(&host), brand(&host));
+        let host = Host::new();
+        let measure = |transport| self.options(transport, host.memory(), host.brand());
         #[cfg(feature = "mpi")]
         if self.mpi {
             return launch::mpi(|world| {
@@ -105,22 +105,4 @@ impl Request {
 
 fn on_cpus(measure: &Measure, world: &Group<Cpu>) -> Result<Machine> {
     measure.run(world, |threads| Cpu::new().with_threads(threads))
-}
-
-fn host() -> System {
-    let memory = MemoryRefreshKind::nothing().with_ram();
-    System::new_with_specifics(RefreshKind::nothing().with_memory(memory).with_cpu(CpuRefreshKind::nothing()))
-}
-
-/// The bytes of memory of this machine, or of the cgroup if that has a limit. 0 if unknown.
-fn memory(host: &System) -> u64 {
-    let total = host.total_memory();
-    // sysinfo panics on `cgroup_limits` of an unknown memory.
-    let limits = if total > 0 { host.cgroup_limits() } else { None };
-    limits.map_or(total, |limits| limits.total_memory.min(total))
-}
-
-fn brand(host: &System) -> String {
-    let brand = host.cpus().first().map_or("", |cpu| cpu.brand().trim());
-    if brand.is_empty() { "this machine".into() } else { brand.into() }
 }

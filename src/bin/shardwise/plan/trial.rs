@@ -1,6 +1,7 @@
 //! Runs plans on this machine, and adds the times to the machine's file.
 
 use super::Report;
+use crate::host::Host;
 use serde::Serialize;
 use shardwise::{
     Error, Result,
@@ -18,7 +19,6 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
-use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 use tempfile::NamedTempFile;
 
 const OP: &str = "plan --try";
@@ -129,15 +129,13 @@ pub(super) fn run(
     Ok(trials)
 }
 
-/// Checks that this machine has the memory of all ranks of a plan. Without it, the operating system
-/// may end other programs.
+/// Checks that the memory of all ranks of a plan is available on this machine. Without it, the
+/// operating system may end other programs.
 fn has_memory(plan: &Plan) -> Result<()> {
     let replicas = (plan.strategy.data * plan.strategy.tensor) as u64;
-    let needed: u64 = plan.ranks.iter().map(|rank| rank.memory.total().saturating_mul(replicas)).sum();
-    let available = System::new_with_specifics(
-        RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram()),
-    )
-    .available_memory();
+    let of_ranks = plan.ranks.iter().map(|rank| rank.memory.total().saturating_mul(replicas));
+    let needed = of_ranks.fold(0, u64::saturating_add);
+    let available = Host::new().available();
     // 0 if unknown.
     if available > 0 && needed > available {
         let (needed, available) = (bytes(needed), bytes(available));
