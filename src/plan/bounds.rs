@@ -1,4 +1,4 @@
-//! Checks of numbers that are read from files.
+//! Checks of numbers that are read from files or computed from them.
 
 use crate::error::{Error, Result};
 
@@ -16,4 +16,14 @@ pub(super) fn at_least_0(op: &'static str, what: &str, value: f64) -> Result<()>
         return Ok(());
     }
     Err(Error::invalid(op, format!("`{what}` is {value}, but has to be at least 0")))
+}
+
+/// Checks that predicted seconds are finite and not negative.
+pub(super) fn seconds(op: &'static str, what: &str, seconds: f64) -> Result<()> {
+    if seconds.is_finite() && seconds >= 0.0 {
+        return Ok(());
+    }
+    let reason =
+        format!("{what} takes {seconds} seconds, but they have to be finite and at least 0: check the rates");
+    Err(Error::invalid(op, reason))
 }

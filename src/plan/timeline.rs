@@ -2,6 +2,7 @@
 
 use crate::{
     error::{Error, Result, same_size},
+    plan::bounds,
     train::{Action, Compute, Message, Pass, Schedule},
 };
 use serde::{Deserialize, Serialize};
@@ -101,11 +102,11 @@ pub(super) fn simulate(
         same_size(OP, &left, chunks.len(), "those of the schedule", schedule.chunks())?;
         for (chunk, Passes { forward, backward }) in chunks.iter().enumerate() {
             let of = |pass: &str| format!("the {pass} of chunk {chunk} of rank {rank}");
-            check_seconds(&of("forward"), *forward)?;
-            check_seconds(&of("backward"), *backward)?;
+            bounds::seconds(OP, &of("forward"), *forward)?;
+            bounds::seconds(OP, &of("backward"), *backward)?;
         }
     }
-    check_seconds("an exchange", exchange)?;
+    bounds::seconds(OP, "an exchange", exchange)?;
 
     let actions = schedule.actions()?;
     let mut ranks: Vec<_> = actions.iter().map(|actions| Progress::new(actions)).collect();
@@ -169,15 +170,6 @@ pub(super) fn simulate(
     }
     let seconds = ranks.iter().map(|progress| progress.free).fold(0.0, f64::max);
     Ok(Timeline { seconds, ranks: ranks.into_iter().map(|progress| progress.spans).collect() })
-}
-
-fn check_seconds(what: &str, seconds: f64) -> Result<()> {
-    if seconds.is_finite() && seconds >= 0.0 {
-        return Ok(());
-    }
-    let reason =
-        format!("{what} takes {seconds} seconds, but they have to be finite and at least 0: check the rates");
-    Err(Error::invalid(OP, reason))
 }
 
 /// A rank in the middle of its actions.

@@ -5,7 +5,7 @@ use crate::{
     device::DType,
     error::{Error, Result},
     plan::{
-        Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, Strategy, Verdict,
+        Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, Strategy, Verdict, bounds,
         dry::{self, Serving, Time},
     },
 };
@@ -73,17 +73,16 @@ pub(super) fn evaluate(
     };
     let turns = machine.turns(strategy.ranks());
     let decode = Time { compute: turns * slowest.decode.time.compute, ..slowest.decode.time };
-    // By the total order, in which NaN is the largest.
-    let prefill =
-        ranks.iter().map(|Serving { prefill, .. }| turns * prefill.time.compute + prefill.time.transfers);
-    let prefill = prefill.max_by(f64::total_cmp).unwrap_or(f64::NAN);
-    if !(prefill + decode.total()).is_finite() {
-        let reason = format!(
-            "a prefill takes {prefill} seconds, and a token {}: check the machine's rates",
-            decode.total()
-        );
-        return Err(Error::invalid(OP, reason));
+    let mut prefill = 0.0_f64;
+    for serving in &ranks {
+        let Time { compute, transfers } = serving.prefill.time;
+        let own = turns * compute + transfers;
+        // Before `max`, which ignores NaN.
+        bounds::seconds(OP, "a prefill", own)?;
+        bounds::seconds(OP, "a token", seconds(serving))?;
+        prefill = prefill.max(own);
     }
+    bounds::seconds(OP, "a token", decode.total())?;
     let sent =
         slowest.decode.transfers.iter().map(|(transfer, count)| transfer.wire_bytes(tensor) as u64 * count);
     // The shards of a group differ, but their operations add up to those of the model.

@@ -5,6 +5,7 @@ use crate::{
     error::{Error, Result},
     plan::{
         Exposed, Job, Limits, Machine, Memory, Passes, Plan, Plans, RankUse, SpanWork, Strategy, Verdict,
+        bounds,
         dry::{self, Training},
         preview,
         stage::Stage,
@@ -322,7 +323,7 @@ impl<'a> Search<'a> {
                 let (times, copies) = stage.reduce_times(machine)?;
                 let (all, last) = (times.iter().sum::<f64>(), times.last().copied().unwrap_or(0.0));
                 // Otherwise the differences below are NaN, which `max` ignores.
-                finite("the reduction of gradients", all)?;
+                bounds::seconds(OP, "the reduction of gradients", all)?;
                 let exposed = (all - hidden).max(last);
                 let slower = (machine.overlap - 1.0) * (all - exposed);
                 reduce = reduce.max(exposed + slower + turns * copies);
@@ -341,7 +342,7 @@ impl<'a> Search<'a> {
         // Ranks that take turns leave their core to others while they wait.
         let busy = (0..pipeline).map(|rank| timeline.busy(rank)).sum::<f64>() / pipeline as f64;
         let seconds = timeline.seconds.max(turns * busy) + reduce + ends + turns * update;
-        finite("a step", seconds)?;
+        bounds::seconds(OP, "a step", seconds)?;
         let messages = timeline.ranks[busiest].iter().filter(|span| span.work == SpanWork::Exchange).count();
         Ok(Plan {
             strategy,
@@ -363,13 +364,6 @@ impl<'a> Search<'a> {
             ranks,
         })
     }
-}
-
-fn finite(what: &str, seconds: f64) -> Result<()> {
-    if seconds.is_finite() {
-        return Ok(());
-    }
-    Err(Error::invalid(OP, format!("{what} takes {seconds} seconds: check the machine's rates")))
 }
 
 /// The numbers of pipeline ranks that are considered: of those whose largest stage has the same
