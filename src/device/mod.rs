@@ -16,7 +16,7 @@ mod work;
 
 pub use crate::each_dtype;
 pub use cpu::{Cpu, CpuBuffer, MemoryUse};
-pub(crate) use cpu::{Kernel, vectorized, widest, zeroed};
+pub(crate) use cpu::{HeldBytes, Kernel, vectorized, widest, zeroed};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
 pub use element::{Accumulator, AnyBuffer, AnyMut, AnyRef, DType, Element};

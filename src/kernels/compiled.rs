@@ -4,7 +4,7 @@
 //! and already compiled in a dependency. The kernels are `#[inline(never)]`, and this module
 //! instantiates them for every element, so that programs only link to them.
 
-use super::{Attention, Dropout, Gather, Gemm, Loss, Norm, Pointwise, Rope, Update};
+use super::{Attention, Dropout, Gather, Gemm, Loss, Norm, Pointwise, Quantized, Rope, Update};
 use crate::device::{Accumulator, Cpu, Element};
 use half::{bf16, f16};
 
@@ -61,6 +61,9 @@ fn of_element<T: Element>() -> Vec<*const ()> {
         Cpu::copy::<T::Acc, T>,
         Cpu::scale::<T>,
         Cpu::fill::<T>,
+        Cpu::quantized_product::<T, T>,
+        Cpu::quantized_product::<T, T::Acc>,
+        Cpu::dequantize::<T>,
         Cpu::rope::<T>,
         Cpu::sgd::<T>,
         Cpu::adamw::<T>,

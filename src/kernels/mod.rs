@@ -11,6 +11,7 @@
 //! | [`Pointwise`] | activations, gates, sums, bias, column sums, copies and conversions |
 //! | [`Norm`] | LayerNorm, RMSNorm |
 //! | [`Attention`] | scaled dot-product attention, memory linear in the sequence length |
+//! | [`Quantized`] | products with quantized weights |
 //! | [`Rope`] | rotary position embedding |
 //! | [`Gather`] | rows of a table by index, and its transpose |
 //! | [`Loss`] | cross entropy over all classes or a range of them, squared error |
@@ -28,6 +29,7 @@ mod norm;
 #[cfg(feature = "cuda")]
 mod packs;
 mod pointwise;
+mod quantized;
 mod rope;
 mod update;
 mod view;
@@ -42,6 +44,7 @@ pub(crate) use loss::check_targets;
 pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};
 pub use pointwise::{Activation, Pointwise};
+pub use quantized::{Activations, Format, Quantized, QuantizedShape, ReadBlocks};
 pub use rope::{Rope, RopePairs, RopeSpec};
 pub use update::{AdamWStep, SgdStep, Update};
 pub use view::{MatMut, MatRef};
@@ -50,11 +53,11 @@ use crate::device::Device;
 
 /// A device that implements every kernel family: the single bound of operators and layers.
 pub trait Backend:
-    Device + Gemm + Pointwise + Norm + Attention + Rope + Gather + Loss + Dropout + Update
+    Device + Gemm + Pointwise + Norm + Attention + Rope + Gather + Loss + Dropout + Update + Quantized
 {
 }
 
-impl<B: Device + Gemm + Pointwise + Norm + Attention + Rope + Gather + Loss + Dropout + Update> Backend
-    for B
+impl<B: Device + Gemm + Pointwise + Norm + Attention + Rope + Gather + Loss + Dropout + Update + Quantized>
+    Backend for B
 {
 }

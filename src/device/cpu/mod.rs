@@ -6,8 +6,8 @@ mod pool;
 mod simd;
 
 pub(super) use free_list::{FreeList, FreeLists};
-pub(crate) use pool::zeroed;
 pub use pool::{CpuBuffer, MemoryUse};
+pub(crate) use pool::{HeldBytes, zeroed};
 pub(crate) use simd::{Kernel, vectorized, widest};
 
 use super::{Device, Element};
@@ -89,6 +89,11 @@ impl Cpu {
     #[cfg(test)]
     pub(crate) fn made(&self) -> usize {
         self.pool.made.get()
+    }
+
+    /// Counts bytes of memory that is not the pool's as live until the value is dropped.
+    pub(crate) fn hold(&self, bytes: usize) -> HeldBytes {
+        HeldBytes::new(&self.pool, bytes)
     }
 
     /// Returns the pool's idle memory to the system.

@@ -136,6 +136,26 @@ pub(crate) fn zeroed<T: Clone + Default>(len: usize) -> Result<Vec<T>> {
     Ok(vec![T::default(); len])
 }
 
+/// Bytes outside the pool that count as live until this value is dropped.
+pub(crate) struct HeldBytes {
+    pool: Rc<Pool>,
+    bytes: usize,
+}
+
+impl HeldBytes {
+    pub(super) fn new(pool: &Rc<Pool>, bytes: usize) -> Self {
+        pool.live.set(pool.live.get() + bytes);
+        pool.peak.set(pool.peak.get().max(pool.live.get()));
+        Self { pool: Rc::clone(pool), bytes }
+    }
+}
+
+impl Drop for HeldBytes {
+    fn drop(&mut self) {
+        self.pool.live.set(self.pool.live.get() - self.bytes);
+    }
+}
+
 /// Host memory that returns to its rank's pool when dropped.
 pub struct CpuBuffer<T: Element> {
     data: Vec<T>,

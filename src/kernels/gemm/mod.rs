@@ -7,6 +7,8 @@ mod cuda;
 mod meta;
 pub(super) mod skinny;
 
+pub(super) use blocked::prefetch;
+
 use super::{Activation, MatMut, MatRef, Pointwise, view::Dims};
 use crate::{
     device::{Device, Element},

@@ -34,7 +34,7 @@ mod tile;
 mod vector;
 
 pub(super) use plan::{Step, Steps, workspace};
-pub(super) use vector::prefetch;
+pub(in crate::kernels) use vector::prefetch;
 
 use crate::{
     device::{Accumulator, AnyMut, Cpu, Element},

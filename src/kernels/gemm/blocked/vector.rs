@@ -75,7 +75,7 @@ pub(in super::super) unsafe trait Vector: Copy {
 
 /// Prefetches the cache line at an address, which need not be valid.
 #[inline(always)]
-pub(in super::super) fn prefetch<T>(address: *const T) {
+pub(in crate::kernels) fn prefetch<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch has no architectural effect and never faults. Every x86-64 processor has
     // the instruction.
