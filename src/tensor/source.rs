@@ -6,6 +6,7 @@
 use crate::{
     device::{AnyMut, Cpu, Element, each_dtype},
     error::{Error, Result, same_size},
+    kernels::{Activations, Format},
     rng::Philox,
     shard::Shape,
 };
@@ -134,6 +135,30 @@ pub trait WeightSource {
     fn check(&self, name: &str, region: &Region) -> Result<()> {
         let _ = (name, region);
         Ok(())
+    }
+
+    /// Returns the format of a quantized matrix, or `None` for a tensor of floating-point numbers.
+    /// [`Param::load`](super::Param::load) keeps a matrix with a format quantized, and reads it by
+    /// [`WeightSource::read_blocks`].
+    fn format(&self, name: &str) -> Option<Format> {
+        let _ = name;
+        None
+    }
+
+    /// Writes the blocks of a region of a quantized matrix to `out`: for each row, the blocks that
+    /// hold the region's columns, with the first and the last block whole.
+    ///
+    /// # Errors
+    /// When the tensor is missing, has another shape or no format, or `out` does not have the
+    /// length of the blocks.
+    fn read_blocks(&self, name: &str, region: &Region, out: &mut [u8]) -> Result<()> {
+        let _ = (region, out);
+        Err(Error::internal("weights", format!("`{name}` has no format")))
+    }
+
+    /// Returns how products with quantized weights of this source treat their other factor.
+    fn activations(&self) -> Activations {
+        Activations::default()
     }
 }
 

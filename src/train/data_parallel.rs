@@ -89,7 +89,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// Broadcasts rank 0's values of these parameters, and collects their gradients in buckets from
     /// now on. After the drop of the `DataParallel`, gradients are no longer reduced. With an
     /// invariant reduction the parameters' sinks then still expect the terms of other replicas, so
-    /// make a new [`DataParallel`] before training continues.
+    /// make a new [`DataParallel`] before training continues. Skips quantized parameters, which are
+    /// frozen.
     ///
     /// # Errors
     /// When the ranks hold different parameters or different regions of a parameter, as in a
@@ -133,6 +134,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     ) -> Result<Self> {
         // Settle all parameters first, so that an error is returned before any parameter is
         // changed.
+        let trained = params.iter().filter(|param| !param.is_quantized()).cloned();
+        let params = &trained.collect::<Vec<_>>()[..];
         params.iter().try_for_each(Param::settle)?;
         let (replica, replicas) = (group.rank(), group.size());
         let in_tree = |param: &Param<T, B>| {

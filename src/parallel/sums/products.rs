@@ -8,7 +8,7 @@ use crate::{
     ops,
     parallel::DTensor,
     shard::{Node, Partial, Placement, TreeSum},
-    tensor::{Param, Tensor},
+    tensor::{Param, QuantizedRows, Tensor},
     trace,
 };
 use std::ops::Range;
@@ -80,6 +80,33 @@ impl<B: Backend> Sums<B> {
         x.partial_sum(nodes, features, true)
     }
 
+    /// Computes this rank's terms of x wᵀ with quantized weights. The columns of w
+    /// are partitioned into leaves. Does not reduce the terms.
+    pub(in crate::parallel) fn quantized_product<P: Placement, T: Element>(
+        &self,
+        x: &DTensor<P, T, B>,
+        (w, features): (&QuantizedRows<T, B>, usize),
+        leaves: &Leaves,
+    ) -> Result<DTensor<Partial, T, B>> {
+        let (device, local, own) = (self.group.device(), x.local(), self.own());
+        let (rows, depth) = (local.shape().rows(), local.shape().cols());
+        trace::compute::<B, _>("quantized gemm", T::DTYPE, &[rows, depth, features], || {
+            if self.tree.is_none() {
+                let mut y = Tensor::empty(device, [rows, features])?;
+                w.product(local.mat(), 0..depth, y.mat_mut()?)?;
+                return Ok(x.with_features(y, features, None));
+            }
+            let mut sums = TreeSum::new(self.count());
+            for leaf in own.clone() {
+                let columns = leaves.range(leaf - own.start);
+                let mut term = Tensor::empty(device, [rows, features])?;
+                w.product(local.mat().columns(columns.clone()), columns, term.mat_mut()?)?;
+                sums.push(Node::leaf(leaf), term, |left, right| left.accumulate(&right))?;
+            }
+            x.partial_sum(sums.values(), features, true)
+        })
+    }
+
     /// Computes pre = x wᵀ + b, and returns f(pre) and pre. The columns of pre are partitioned into
     /// leaves. Without f, returns pre twice.
     pub(in crate::parallel) fn outputs<T: Element>(
@@ -89,9 +116,32 @@ impl<B: Backend> Sums<B> {
         f: Option<Activation>,
         leaves: &Leaves,
     ) -> Result<(Tensor<T, B>, Tensor<T, B>)> {
-        let (w, bias, device) = (w.value()?, bias.map(Param::value).transpose()?, x.device());
+        let (bias, device, shape) = (bias.map(Param::value).transpose()?, x.device(), x.shape());
+        let Some(quantized) = w.quantized() else {
+            return self.dense_outputs(x, (&w.value()?, bias.as_ref()), f, leaves);
+        };
+        // The bits of a column of y depend on one row of w, so no leaf is computed by itself.
+        let (rows, depth, features) = (shape.rows(), shape.cols(), w.shape().rows());
+        let mut pre = Tensor::empty(device, shape.with(shape.rank() - 1, features))?;
+        trace::compute::<B, _>("quantized gemm", T::DTYPE, &[rows, depth, features], || {
+            quantized.product(x.mat(), 0..depth, pre.mat_mut()?)
+        })?;
+        if let Some(bias) = bias {
+            device.add_bias::<T>(bias.slice(), pre.mat_mut()?)?;
+        }
+        Ok((f.map_or_else(|| Ok(pre.clone()), |f| ops::activate(f, &pre))?, pre))
+    }
+
+    fn dense_outputs<T: Element>(
+        &self,
+        x: &Tensor<T, B>,
+        (w, bias): (&Tensor<T, B>, Option<&Tensor<T, B>>),
+        f: Option<Activation>,
+        leaves: &Leaves,
+    ) -> Result<(Tensor<T, B>, Tensor<T, B>)> {
+        let device = x.device();
         if !self.is_by_leaves(x.mat(), false) {
-            let (y, pre) = ops::linear(x, &w, bias.as_ref(), f)?;
+            let (y, pre) = ops::linear(x, w, bias, f)?;
             return Ok((y.clone(), pre.unwrap_or(y)));
         }
         same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
@@ -132,7 +182,7 @@ impl<B: Backend> Sums<B> {
         x: &Tensor<T, B>,
         all: Vec<(Affine<'_, T, B>, &Leaves)>,
     ) -> Result<Vec<Tensor<T, B>>> {
-        if self.tree.is_some() {
+        if self.tree.is_some() || all.iter().any(|((w, _), _)| w.is_quantized()) {
             let output = |(params, leaves)| Ok(self.outputs(x, params, None, leaves)?.0);
             return all.into_iter().map(output).collect();
         }
@@ -156,7 +206,8 @@ impl<B: Backend> Sums<B> {
         x: &'a Tensor<T, B>,
     ) -> Result<()> {
         let by_leaves = self.tree.is_some() || layers.iter().any(|((_, leaves), _)| leaves.shared);
-        if by_leaves || layers.len() == 1 {
+        let is_frozen = layers.iter().any(|(((w, _), _), _)| w.is_quantized());
+        if by_leaves || is_frozen || layers.len() == 1 {
             return layers.into_iter().try_for_each(|(params, dy)| self.row_grad(params, dy, x));
         }
         let pairs = layers.iter().map(|(_, dy)| (dy.t(), x.mat())).collect();

@@ -154,7 +154,11 @@ impl<T: Element, B: Backend> Param<T, B> {
         same_shape("gradient", self.name(), self.0.0.shape.dims(), "its gradient", grad.shape().dims())
     }
 
+    /// Adds one term, unless the parameter is frozen.
     fn add(&self, tokens: Option<usize>, add: sink::AddTokens<'_, T::Acc, B>) -> Result<()> {
+        if self.is_quantized() {
+            return Ok(());
+        }
         let uses = self.uses();
         let grad = &mut *self.0.0.grad.borrow_mut();
         let term = GradTerm { name: self.name(), index: grad.added, uses, tokens, add };

@@ -1,6 +1,6 @@
 //! Reading parameters from a source of weights.
 
-use super::{OP, Param, ParamRegion, region::merged_name};
+use super::{OP, Param, ParamRegion, QuantizedRows, region::merged_name};
 use crate::{
     device::{AnyMut, Cpu, Element, zeroed},
     error::{Error, Result, same_size},
@@ -50,29 +50,34 @@ impl<T: Element, B: Backend> Param<T, B> {
             weights.source().check(&own.tensor, &own.region)?;
         }
         let (len, width) = (shape.checked_len(OP)?, shape.split_at(0).1);
-        let mut host = zeroed::<T>(if B::HAS_VALUES { len } else { 0 })?;
         for own in &regions {
             let own_width = own.region.extent().split_at(0).1;
             let what = format!("the width of the region of `{}`", own.tensor);
             same_size(OP, &what, own_width, "that of the parameter", width)?;
-            let start = own.row.saturating_mul(width);
-            let end = start.saturating_add(own.region.extent().len());
+            let end = own.row.saturating_mul(width).saturating_add(own.region.extent().len());
             if end > len {
                 let what = format!("the end of the region of `{}`", own.tensor);
                 return Err(Error::sizes(OP, what, end, "the number of elements of the parameter", len));
             }
-            if B::HAS_VALUES {
-                let out: AnyMut<'_, Cpu> = T::any_mut(&mut host[start..end]);
-                weights.source().read(&own.tensor, role, &own.region, out)?;
-            }
+        }
+        let tensors = regions.iter().map(|own| own.tensor.as_str());
+        let name = merged_name(tensors).unwrap_or_else(|| weights.name(name));
+        let size = [shape.rows(), shape.cols()];
+        if let Some(rows) = QuantizedRows::load(device, weights.source(), role, size, &regions)? {
+            return Ok(Self::with_store(name, (device.clone(), shape), Box::new(rows), regions));
+        }
+        let mut host = zeroed::<T>(if B::HAS_VALUES { len } else { 0 })?;
+        for own in regions.iter().filter(|_| B::HAS_VALUES) {
+            let start = own.row.saturating_mul(width);
+            let out: AnyMut<'_, Cpu> = T::any_mut(&mut host[start..start + own.region.extent().len()]);
+            weights.source().read(&own.tensor, role, &own.region, out)?;
         }
         let value = if B::HAS_VALUES {
             Tensor::from_slice(device, shape, &host)?
         } else {
             Tensor::empty(device, shape)?
         };
-        let tensors = regions.iter().map(|own| own.tensor.as_str());
-        Ok(Self::new(merged_name(tensors).unwrap_or_else(|| weights.name(name)), value, regions))
+        Ok(Self::new(name, value, regions))
     }
 
     /// Reads a parameter that is one region of the tensor of the same name.

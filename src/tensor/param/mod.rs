@@ -2,10 +2,12 @@
 
 mod grad;
 mod load;
+mod quantized;
 mod region;
 mod sink;
 mod store;
 
+pub use quantized::QuantizedRows;
 pub(crate) use region::BlockRegion;
 pub use region::ParamRegion;
 pub use sink::{Accumulate, GradSink, GradSum, GradTerm};
@@ -81,15 +83,26 @@ fn next_revision() -> u64 {
 impl<T: Element, B: Backend> Param<T, B> {
     /// Makes a parameter with this value. The regions fill its rows.
     pub(crate) fn new(name: String, value: Tensor<T, B>, regions: Vec<ParamRegion>) -> Self {
+        let (device, shape) = (value.device().clone(), value.shape());
+        Self::with_store(name, (device, shape), Box::new(value), regions)
+    }
+
+    /// Makes a parameter with this store, whose value has the given shape.
+    fn with_store(
+        name: String,
+        (device, shape): (B, Shape),
+        store: Box<dyn Store<T, B>>,
+        regions: Vec<ParamRegion>,
+    ) -> Self {
         let tensors = regions.iter().map(|own| own.tensor.as_str());
         let layer = if regions.is_empty() { layer_of([&*name].into_iter()) } else { layer_of(tensors) };
         Self(Rc::new(Use(Rc::new(Shared {
             name,
             layer,
-            device: value.device().clone(),
-            shape: value.shape(),
+            device,
+            shape,
             regions: RefCell::new(regions.into()),
-            store: RefCell::new(Box::new(value)),
+            store: RefCell::new(store),
             revision: Cell::new(next_revision()),
             grad: RefCell::new(Gradient::new()),
             blocks: OnceCell::new(),
@@ -159,6 +172,16 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// As [`Store::rows`].
     pub fn rows(&self, ids: &[u32]) -> Result<Tensor<T, B>> {
         self.0.0.store.borrow().rows(ids)
+    }
+
+    /// Whether the store is quantized. Such a parameter is frozen: it has no gradient, and
+    /// optimizers and data parallelism skip it.
+    pub fn is_quantized(&self) -> bool {
+        self.quantized().is_some()
+    }
+
+    pub(crate) fn quantized(&self) -> Option<Rc<QuantizedRows<T, B>>> {
+        self.0.0.store.borrow().quantized()
     }
 
     /// Replaces the value. An optimizer's next step keeps each master weight that rounds to the new

@@ -1,11 +1,8 @@
 //! Storage of a parameter's elements.
 
-use crate::{
-    device::{Device, Element},
-    error::Result,
-    kernels::Backend,
-    tensor::Tensor,
-};
+use super::QuantizedRows;
+use crate::{device::Element, error::Result, kernels::Backend, tensor::Tensor};
+use std::rc::Rc;
 
 /// The storage of a parameter's elements.
 ///
@@ -13,7 +10,7 @@ use crate::{
 /// on the storage format. [`Param::load`](super::Param::load) makes a dense [`Tensor`], the only
 /// store that can be trained. [`Param::set_store`](super::Param::set_store) sets another store, for
 /// example of quantized integers and scales. A store must not read or set its own parameter.
-pub trait Store<T: Element, B: Device> {
+pub trait Store<T: Element, B: Backend> {
     /// Returns all elements, in the parameter's shape. A layer drops the tensor after its matrix
     /// product. So a tensor that the store computes, for example from quantized integers, needs
     /// memory only during the product.
@@ -34,6 +31,11 @@ pub trait Store<T: Element, B: Device> {
     fn value_mut(&mut self) -> Option<&mut Tensor<T, B>> {
         None
     }
+
+    /// Returns the quantized rows if the store has some. Such a store is frozen.
+    fn quantized(&self) -> Option<Rc<QuantizedRows<T, B>>> {
+        None
+    }
 }
 
 /// Dense storage.
@@ -48,5 +50,20 @@ impl<T: Element, B: Backend> Store<T, B> for Tensor<T, B> {
 
     fn value_mut(&mut self) -> Option<&mut Tensor<T, B>> {
         Some(self)
+    }
+}
+
+/// Quantized storage.
+impl<T: Element, B: Backend> Store<T, B> for Rc<QuantizedRows<T, B>> {
+    fn value(&self) -> Result<Tensor<T, B>> {
+        QuantizedRows::value(self)
+    }
+
+    fn rows(&self, ids: &[u32]) -> Result<Tensor<T, B>> {
+        self.some_rows(ids)
+    }
+
+    fn quantized(&self) -> Option<Rc<QuantizedRows<T, B>>> {
+        Some(Rc::clone(self))
     }
 }

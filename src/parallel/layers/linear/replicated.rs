@@ -6,7 +6,10 @@ use crate::{
     error::{Result, Site, same_size},
     kernels::Backend,
     ops,
-    parallel::{DTensor, Layer, sums::Sums},
+    parallel::{
+        DTensor, Layer,
+        sums::{Leaves, Sums},
+    },
     shard::Replicated,
     tensor::{Param, Region, Role, Tensor, Weights},
 };
@@ -61,8 +64,10 @@ impl<T: Element, B: Backend> Layer<T, B> for ReplicatedLinear<T, B> {
     fn forward(&self, x: DTensor<Replicated, T, B>) -> Result<(DTensor<Replicated, T, B>, Self::Saved)> {
         let _site = self.site().enter();
         x.check(OP, self.sums.group())?;
-        let bias = self.bias.as_ref().map(Param::value).transpose()?;
-        let (y, _) = ops::linear(x.local(), &self.weight.value()?, bias.as_ref(), None)?;
+        // Every rank computes all outputs.
+        let whole = std::iter::once(0..self.weight.shape().rows()).collect();
+        let leaves = Leaves::new(vec![whole], Vec::new(), false);
+        let (y, _) = self.sums.outputs(x.local(), (&self.weight, self.bias.as_ref()), None, &leaves)?;
         let features = y.shape().cols();
         Ok((x.with_features(y, features, None), x.into_local()))
     }

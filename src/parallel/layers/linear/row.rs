@@ -110,6 +110,10 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
             let (x, w) = (("input's features", x.partition()), ("weight's columns", &self.partition));
             return Err(partition_mismatch(OP, x, w));
         }
+        if let Some(weight) = self.weight.quantized() {
+            let y = self.sums.quantized_product(&x, (&weight, self.features()[1]), &self.leaves)?;
+            return Ok((y, x.into_local()));
+        }
         let weight = self.weight.value()?;
         let factors = Factors { a: x.local().mat(), b: weight.mat().t(), leaves: &self.leaves };
         let y = self.sums.product(&x, self.features()[1], &[factors])?;
