@@ -226,7 +226,10 @@ pub enum Error {
     },
     /// A tensor of a checkpoint has an element type that cannot be read into a floating-point
     /// tensor.
-    #[error("tensor `{name}` has elements {found} in {place}; f64, f32, bf16 or f16 can be read")]
+    #[error(
+        "tensor `{name}` has elements {found} in {place}; f64, f32, bf16 or f16 can be read, and from GGUF also \
+         Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K"
+    )]
     TensorElement {
         /// The tensor.
         name: String,

@@ -5,30 +5,20 @@ use super::{
     header::{self, Entry},
     index,
     layout::{Location, locate},
-    stored::decode,
+    region::{Items, runs},
+    stored::decode_as,
 };
 use crate::{
     device::{AnyMut, Cpu, DType, each_dtype},
     error::{Error, Result, same_size},
     tensor::{Region, Role, WeightSource, missing},
 };
-use half::{bf16, f16};
 use std::{
     collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
-
-/// If the gap in the file between two ranges of a region has fewer bytes than this, one call reads
-/// both ranges and the gap. The limit is a page: a disk reads a gap within a page anyway, and
-/// copying the gap from memory costs less than a second call. Reads of 512-byte ranges are six
-/// times as fast as with one call for each range. A larger limit would gain little, and would read
-/// the shards of other ranks.
-const GAP: usize = 4096;
-
-/// The maximal length of one read in bytes, and of the buffer between file and tensor.
-const CHUNK: usize = 1 << 20;
 
 /// The maximal number of attempts to open a folder.
 const TRIES: usize = 4;
@@ -189,45 +179,6 @@ impl Checkpoint {
             None => Err(missing(name, self.path.display().to_string(), self.tensors.keys())),
         }
     }
-
-    /// Reads a region of elements of `size` bytes. Passes the elements to `visit` in order, in
-    /// chunks of consecutive elements.
-    fn read_region(
-        &self,
-        file: &DataFile,
-        start: u64,
-        size: usize,
-        region: &Region,
-        mut visit: impl FnMut(&[u8]),
-    ) -> Result<()> {
-        let most = CHUNK / size;
-        let mut chunks = region
-            .runs()
-            .into_iter()
-            .flat_map(|range| {
-                range.clone().step_by(most).map(move |start| start..range.end.min(start + most))
-            })
-            .peekable();
-        let (mut buffer, mut batch) = (Vec::new(), Vec::new());
-        while let Some(first) = chunks.next() {
-            let begin = first.start;
-            let mut end = first.end;
-            batch.push(first);
-            while let Some(next) =
-                chunks.next_if(|next| (next.start - end) * size < GAP && next.end - begin <= most)
-            {
-                end = next.end;
-                batch.push(next);
-            }
-            buffer.resize((end - begin) * size, 0);
-            file.read_at(&mut buffer, start + (begin * size) as u64)?;
-            self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-            for chunk in batch.drain(..) {
-                visit(&buffer[(chunk.start - begin) * size..(chunk.end - begin) * size]);
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Returns the end of the error text for a folder without a checkpoint. The text names a file of
@@ -240,7 +191,10 @@ fn hint(folder: &Path) -> String {
         let found = |name: &&String| endings.iter().any(|ending| name.ends_with(ending));
         names.iter().find(found).map(|name| name.escape_debug())
     };
-    match (ending(&[".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth"]), ending(&[".safetensors"])) {
+    if let Some(name) = ending(&[".gguf"]) {
+        return format!("; it has {name}, which `weights::Gguf` reads");
+    }
+    match (ending(&[".bin", ".h5", ".msgpack", ".pt", ".pth"]), ending(&[".safetensors"])) {
         (Some(name), _) => format!("; it has {name}, which has to be converted to safetensors first"),
         (None, Some(name)) => format!("; it has {name}, which can be opened by its own path"),
         (None, None) => String::new(),
@@ -262,19 +216,12 @@ impl WeightSource for Checkpoint {
             "the elements to fill",
             out.len(),
         )?;
-        each_dtype!(AnyMut, out, out => {
-            let mut rest = out;
-            self.read_region(file, entry.start, dtype.size(), region, |bytes| {
-                let (to, after) = std::mem::take(&mut rest).split_at_mut(bytes.len() / dtype.size());
-                match dtype {
-                    DType::F64 => decode::<f64, _>(bytes, to),
-                    DType::F32 => decode::<f32, _>(bytes, to),
-                    DType::BF16 => decode::<bf16, _>(bytes, to),
-                    DType::F16 => decode::<f16, _>(bytes, to),
-                }
-                rest = after;
-            })
-        })
+        let items = Items { file, start: entry.start, size: dtype.size(), bytes_read: &self.bytes_read };
+        each_dtype!(AnyMut, out, out => items.read(runs(region), |to, bytes| {
+            let to = &mut out[to..to + bytes.len() / dtype.size()];
+            decode_as(dtype, bytes, to);
+            Ok(())
+        }))
     }
 
     fn contains(&self, name: &str) -> bool {

@@ -104,7 +104,7 @@ fn other_format(file: &DataFile) -> Result<Option<&'static str>> {
         (b"version https://", "a Git LFS pointer, not the file itself: `git lfs pull` fetches the file"),
         (b"<!doctype html", "a web page, not the file"),
         (b"<html", "a web page, not the file"),
-        (b"gguf", "a GGUF file; only safetensors can be read"),
+        (b"gguf", "a GGUF file, which `weights::Gguf` reads"),
         (b"pk\x03\x04", "a PyTorch or zip file; only safetensors can be read"),
         (b"\x80\x02", "a Python pickle; only safetensors can be read"),
     ];

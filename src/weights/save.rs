@@ -143,7 +143,7 @@ impl<'a> Save<'a> {
     /// * [`Error::Sizes`]: no rank owns an element.
     /// * [`Error::Invalid`]: several ranks own an element.
     /// * [`Error::Shapes`]: ranks have a tensor in different shapes.
-    /// * [`Error::Unsupported`]: the device stores no values.
+    /// * [`Error::Unsupported`]: the device stores no values, or a parameter is quantized.
     /// * The error of a collective that fails.
     #[track_caller]
     pub fn write<T: Element, B: Backend>(self, group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
@@ -151,6 +151,13 @@ impl<'a> Save<'a> {
         if !B::HAS_VALUES {
             let reason = "the device stores no values to save";
             return Err(Error::Unsupported { op: "save", reason: reason.into() });
+        }
+        if let Some(param) = params.iter().find(|param| param.is_quantized()) {
+            let reason = format!(
+                "{} is quantized, and safetensors has no such format: load the model dequantized to save it",
+                param.name()
+            );
+            return Err(Error::Unsupported { op: "save", reason });
         }
         let files = assign_files::<T>(all_tensors(group, params)?, self.max_shard);
         let (path, disk) = (&self.folder, self.disk);

@@ -1,6 +1,6 @@
 //! Elements as bytes of a file, little endian on every machine.
 
-use crate::device::{Cpu, Element};
+use crate::device::{Cpu, DType, Element};
 use half::{bf16, f16};
 
 /// An element type that files can have.
@@ -42,7 +42,7 @@ stored!(f16, self => self.to_f32().convert());
 
 /// Fills `out` with converted elements. If `S` and `T` are the same type, the elements keep their
 /// bits.
-pub(super) fn decode<S: Stored, T: Element>(bytes: &[u8], out: &mut [T]) {
+fn decode<S: Stored, T: Element>(bytes: &[u8], out: &mut [T]) {
     let elements = bytes.chunks_exact(size_of::<S>()).map(S::from_bytes);
     if let Some(same) = T::any_mut::<Cpu>(&mut *out).of::<S>() {
         same.iter_mut().zip(elements).for_each(|(to, from)| *to = from);
@@ -51,9 +51,24 @@ pub(super) fn decode<S: Stored, T: Element>(bytes: &[u8], out: &mut [T]) {
     }
 }
 
+/// Fills `out` with converted elements, which are stored as `dtype`.
+pub(super) fn decode_as<T: Element>(dtype: DType, bytes: &[u8], out: &mut [T]) {
+    match dtype {
+        DType::F64 => decode::<f64, _>(bytes, out),
+        DType::F32 => decode::<f32, _>(bytes, out),
+        DType::BF16 => decode::<bf16, _>(bytes, out),
+        DType::F16 => decode::<f16, _>(bytes, out),
+    }
+}
+
 /// Returns the bytes of elements.
 pub(super) fn encode<S: Stored>(elements: &[S]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size_of_val(elements));
     elements.iter().for_each(|element| element.push_bytes(&mut bytes));
     bytes
+}
+
+/// Fills `out` with converted numbers.
+pub(super) fn convert<T: Element>(numbers: &[f32], out: &mut [T]) {
+    out.iter_mut().zip(numbers).for_each(|(to, from)| *to = from.convert());
 }

@@ -2,7 +2,8 @@
 
 use crate::{
     device::{AnyMut, Cpu, Element, each_dtype, zeroed},
-    error::{Result, same_size},
+    error::{Error, Result, same_size},
+    kernels::{Activations, Format},
     tensor::{Region, Role, WeightSource},
 };
 use std::ops::Range;
@@ -71,9 +72,19 @@ impl<S: WeightSource + ?Sized, F: Fn(&str) -> bool> WeightSource for Transposed<
         each_dtype!(AnyMut, out, out => self.read_transposed(name, role, ranges, [height, width], out))
     }
 
+    /// # Errors
+    /// [`Error::Unsupported`] when the matrix is transposed and the source has it quantized,
+    /// because it would be read with other numbers. The errors of the source.
     fn check(&self, name: &str, region: &Region) -> Result<()> {
         match region.shape().dims() {
             &[height, width] if (self.names)(name) => {
+                if let Some(format) = self.source.format(name) {
+                    let reason = format!(
+                        "`{name}` is stored transposed, so it cannot be read in {format}: quantize a `Transposed` source, \
+                         and set `transposed` of the configuration to false"
+                    );
+                    return Err(Error::Unsupported { op: "weights", reason });
+                }
                 self.source.check(name, &Region::whole([width, height]))
             }
             _ => self.source.check(name, region),
@@ -86,5 +97,21 @@ impl<S: WeightSource + ?Sized, F: Fn(&str) -> bool> WeightSource for Transposed<
 
     fn names(&self) -> Option<Vec<String>> {
         self.source.names()
+    }
+
+    // The weights of a block are consecutive in a stored row, which is a column of the matrix.
+    fn format(&self, name: &str) -> Option<Format> {
+        if (self.names)(name) { None } else { self.source.format(name) }
+    }
+
+    fn read_blocks(&self, name: &str, region: &Region, out: &mut [u8]) -> Result<()> {
+        if (self.names)(name) {
+            return Err(Error::internal("weights", format!("`{name}` is transposed, so it has no format")));
+        }
+        self.source.read_blocks(name, region, out)
+    }
+
+    fn activations(&self) -> Activations {
+        self.source.activations()
     }
 }

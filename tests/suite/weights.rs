@@ -497,7 +497,8 @@ fn a_read_that_cannot_be_is_refused() {
     };
     assert_eq!(
         fails("ids", &[1]),
-        "tensor `ids` has elements I64 in m.safetensors; f64, f32, bf16 or f16 can be read"
+        "tensor `ids` has elements I64 in m.safetensors; f64, f32, bf16 or f16 can be read, and from GGUF also \
+         Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K"
     );
     assert_eq!(
         fails("deep", &[1]),
@@ -614,7 +615,7 @@ fn what_is_no_checkpoint_is_called_by_its_name() {
             "this is a Git LFS pointer, not the file itself: `git lfs pull` fetches the file",
         ),
         ("b.safetensors", b"<!DOCTYPE html><html><head>", "this is a web page, not the file"),
-        ("c.gguf", b"GGUF\x03\0\0\0\x22\x01\0\0", "this is a GGUF file; only safetensors can be read"),
+        ("c.gguf", b"GGUF\x03\0\0\0\x22\x01\0\0", "this is a GGUF file, which `weights::Gguf` reads"),
         (
             "d.bin",
             b"PK\x03\x04\x14\0\x08\x08\0\0",
