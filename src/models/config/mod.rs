@@ -4,6 +4,7 @@
 //! transformers' class of that family.
 
 mod bert;
+mod gguf;
 mod gpt2;
 mod ignored;
 mod json;
