@@ -6,7 +6,7 @@ use shardwise::{
     Result, Tensor,
     comm::{Group, Overlap},
     device::{Cpu, Element},
-    kernels::{Activation, AttentionChoices, NormKind},
+    kernels::{Activation, AttentionChoices, Format, NormKind},
     launch,
     models::{Decoder, ModelConfig},
     parallel::{
@@ -14,8 +14,8 @@ use shardwise::{
     },
     rng::Philox,
     shard::{Reduction, Replicated, Sequences, Shard},
-    tensor::{Param, Random, Weights},
-    weights::Checkpoint,
+    tensor::{Param, Random, WeightSource, Weights},
+    weights::{Checkpoint, Quantization},
 };
 
 fn bits<T: Element>(tensor: &Tensor<T>, to: &mut Vec<u64>) -> Result<()> {
@@ -152,9 +152,8 @@ pub(crate) fn invariant(world: &Group<Cpu>) -> Result<()> {
 pub(crate) fn models(world: &Group<Cpu>) -> Result<()> {
     let folder = shardwise_tests::root().join("tests/data/llama");
     let ModelConfig::Decoder(config) = ModelConfig::read(&folder)? else { panic!("llama is a decoder") };
-    as_threads(world, |group| {
-        let checkpoint = Checkpoint::open(&folder)?;
-        let model = Decoder::<Replicated, f32, Cpu>::load(group, &checkpoint, &config)?;
+    let run = |group: &Group<Cpu>, source: &dyn WeightSource| {
+        let model = Decoder::<Replicated, f32, Cpu>::load(group, source, &config)?;
         let ids: Vec<u32> = (0..24).map(|at| at * 23 % 591).collect();
         let mut all = Vec::new();
         let (logits, saved) = model.forward(&ids, Sequences::one(24))?;
@@ -162,5 +161,9 @@ pub(crate) fn models(world: &Group<Cpu>) -> Result<()> {
         model.backward(saved, logits)?;
         model.params().iter().try_for_each(|param| gradient_bits(param, &mut all))?;
         Ok(all)
-    })
+    };
+    let checkpoint = Checkpoint::open(&folder)?;
+    as_threads(world, |group| run(group, &checkpoint))?;
+    let quantized = Quantization::new(&checkpoint, Format::Q8_0)?;
+    as_threads(world, |group| run(group, &quantized))
 }
