@@ -9,15 +9,16 @@ use shardwise::{
     Error, Result, Tensor,
     comm::{Group, Op, Transfer},
     device::{Cpu, DType, Element, Meta},
-    kernels::{Activation, AttentionChoices, Backend, NormKind},
+    kernels::{Activation, AttentionChoices, Backend, Format, NormKind},
     launch,
     parallel::{
         AttentionConfig, BlockConfig, DTensor, Layer, NormPlacement, ResidualStream, TransformerBlock,
     },
     reference::worst,
     rng::Philox,
-    shard::{Replicated, Sequences, Shard},
+    shard::{Reduction, Replicated, Sequences, Shard},
     tensor::{ParamRegion, Random, Weights},
+    weights::Quantization,
 };
 use std::{
     collections::BTreeMap,
@@ -72,6 +73,10 @@ struct Args {
     /// Shard the residual stream by tokens.
     #[arg(long)]
     sequence_parallel: bool,
+    /// Quantize the weights, and the activations of each product. Ranks then sum by canonical
+    /// blocks, so that all ranks have the bits of one device.
+    #[arg(long, value_enum)]
+    quantize: Option<Quantize>,
     /// The number of timed repetitions, of which the example reports the median.
     #[arg(long, default_value_t = 5)]
     repeat: usize,
@@ -89,6 +94,14 @@ enum Dtype {
     F32,
     Bf16,
     F16,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq)]
+enum Quantize {
+    /// 8 bits, with a scale for 32 weights.
+    Int8,
+    /// 4 bits, with a scale and a minimum for 32 weights.
+    Int4,
 }
 
 fn main() -> ExitCode {
@@ -244,8 +257,8 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
         println!("  {name:<16} {:>8.2} ms {:>8.2} ms {efficiency:>9.0} %", ms(theirs), ms(ours));
     }
     // A block's numbers pass through about ten roundings (see tests/suite/block.rs).
-    let bound = 64.0 * T::EPSILON;
-    println!("\nlargest of all differences: {all:.2e} (bound 64 ε = {bound:.1e})");
+    let (bound, name) = if args.quantize.is_some() { (0.0, "0") } else { (64.0 * T::EPSILON, "64 ε") };
+    println!("\nlargest of all differences: {all:.2e} (bound {name} = {bound:.1e})");
     if all > bound {
         return Err(Error::Invalid {
             op: "transformer_block",
@@ -290,7 +303,23 @@ fn load<S: ResidualStream, T: Element, B: Backend>(
     group: &Group<B>,
 ) -> Result<TransformerBlock<S, T, B>> {
     let source = Random::normal(1, 1.0 / (args.hidden as f64).sqrt());
-    TransformerBlock::load(group, &Weights::new(&source), config)
+    match args.quantize {
+        None => TransformerBlock::load(group, &Weights::new(&source), config),
+        Some(bits) => {
+            let format = if bits == Quantize::Int8 { Format::Q8_0 } else { Format::Q4_1 };
+            let source = Quantization::new(&source, format)?;
+            TransformerBlock::load(group, &Weights::new(&source), config)
+        }
+    }
+}
+
+/// Returns the group with the reduction of the example.
+fn summing<B: Backend>(args: &Args, group: &Group<B>) -> Group<B> {
+    match args.quantize {
+        None => group.clone(),
+        // A sum in another order would be rounded differently, and so quantized differently.
+        Some(_) => group.with_reduction(Reduction::Invariant { blocks: args.ranks }),
+    }
 }
 
 /// Returns this rank's rows of a random `[tokens, hidden]` tensor.
@@ -333,6 +362,7 @@ fn plan_in_bf16<S: ResidualStream>(
     ranks: usize,
 ) -> Result<[Vec<Transfer>; 2]> {
     let (group, record) = Group::planned(&Meta::new(), rank, ranks)?;
+    let group = summing(args, &group);
     let block = load::<S, bf16, Meta>(args, config, &group)?;
     record.take();
     let (_, saved) = block.forward(random(args, &group, "x")?)?;
@@ -346,7 +376,7 @@ fn rank<S: ResidualStream, T: Element, B: Backend>(
     config: &BlockConfig,
     world: &Group<B>,
 ) -> Result<Report> {
-    let (group, record) = world.recorded();
+    let (group, record) = summing(args, world).recorded();
     let block = load::<S, T, B>(args, config, &group)?;
     let (x, dy) = (random::<S, T, B>(args, &group, "x")?, random::<S, T, B>(args, &group, "dy")?);
 
@@ -375,6 +405,9 @@ fn rank<S: ResidualStream, T: Element, B: Backend>(
     let mut grads = Vec::new();
     for param in block.params() {
         parameters += param.shape().len();
+        if param.is_quantized() {
+            continue;
+        }
         let grad = param.grad().ok_or_else(|| Error::Invalid {
             op: "transformer_block",
             reason: format!("{} has no gradient", param.name()),

@@ -1,20 +1,29 @@
-//! Continues a prompt with a language model in a Hugging Face format, sharded over any number of
-//! ranks.
+//! Continues a prompt with a language model, sharded over any number of ranks.
 //!
 //! ```text
 //! cargo run --release -p text-examples --bin generate -- \
-//!     FOLDER --prompt "Once upon a time" --ranks 2
+//!     MODEL --prompt "Once upon a time" --ranks 2
 //! ```
 //!
-//! The folder has config.json, tokenizer.json and model.safetensors (or several files with their
-//! index), as on the Hugging Face Hub. Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 can be
-//! read. Each rank reads only its shard of each tensor. At temperature 0 the text does not depend
-//! on the number of ranks, unless the logits of two tokens differ only by rounding.
+//! The model is a folder with config.json, tokenizer.json and model.safetensors (or several files
+//! with their index), as on the Hugging Face Hub, or a GGUF file with quantized weights:
+//!
+//! ```text
+//! scripts/fetch_model.sh smollm2
+//! cargo run --release -p text-examples --bin generate -- \
+//!     target/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --ranks 3 --invariant 9
+//! ```
+//!
+//! Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 can be read. Each rank reads only its shard of
+//! each tensor. At temperature 0 the text does not depend on the number of ranks, unless the logits
+//! of two tokens differ only by rounding. With `--invariant` they do not differ at all.
+//!
+//! `--quantize int8` and `--quantize int4` quantize the matrices of a folder when they are loaded.
+//! `--dequantize` loads those of a GGUF file as floating-point numbers.
 //!
 //! The example applies no chat template. The prompt for a chat model must contain its template.
 
-mod checkpoint;
-
+use checkpoint::{Model, Precision};
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
 use shardwise::{
@@ -22,12 +31,12 @@ use shardwise::{
     comm::Group,
     device::{Cpu, Device, Element},
     launch::Threads,
-    models::{Decoder, DecoderConfig, ModelConfig},
+    models::{Decoder, DecoderConfig},
     ops::{RopeConfig, RopeScaling},
     parallel::{DTensor, KvCache, Sampler},
     plan::Plan,
-    shard::{Replicated, Shard},
-    weights::Checkpoint,
+    shard::{Reduction, Replicated, Shard},
+    tensor::WeightSource,
 };
 use std::{
     io::Write,
@@ -36,12 +45,11 @@ use std::{
     process::ExitCode,
     time::{Duration, Instant},
 };
-use tokenizers::Tokenizer;
 
 /// Continues a prompt.
 #[derive(Parser, Debug)]
 struct Args {
-    /// The checkpoint's folder.
+    /// The folder of a checkpoint, or a GGUF file.
     model: PathBuf,
     /// The prompt.
     #[arg(long, default_value = "Once upon a time")]
@@ -77,6 +85,12 @@ struct Args {
     /// The number of prompt tokens that one step reads.
     #[arg(long, default_value_t = 512)]
     chunk: usize,
+    /// Sum over the ranks in an order that does not depend on their number, in this many blocks: at
+    /// least the number of ranks.
+    #[arg(long, value_name = "BLOCKS")]
+    invariant: Option<usize>,
+    #[command(flatten)]
+    precision: Precision,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -120,35 +134,34 @@ fn fail(reason: impl ToString) -> Error {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let ModelConfig::Decoder(config) = ModelConfig::read(&args.model)? else {
-        return Err(fail("the model is not a decoder, so it cannot continue a text"));
-    };
-    checkpoint::check_ranks("generate", args.ranks, config.block.attention.heads)?;
+    let model = Model::open("generate", &args.model, args.precision)?;
+    checkpoint::check_ranks("generate", args.ranks, model.config.block.attention.heads)?;
     if args.chunk == 0 {
         return Err(fail("--chunk is 0, but a step reads at least one token"));
     }
-    let checkpoint = Checkpoint::open(&args.model)?;
-    let tokenizer = checkpoint::tokenizer(&args.model).map_err(fail)?;
-    let prompt = tokenizer.encode(args.prompt.as_str(), true).map_err(fail)?.get_ids().to_vec();
+    let prompt = model.tokenizer.encode(args.prompt.as_str(), true).map_err(fail)?.get_ids().to_vec();
     if prompt.is_empty() {
         return Err(fail("the prompt has no tokens, and the tokenizer adds none"));
     }
-    let task =
-        Task { args, config: &config, checkpoint: &checkpoint, tokenizer: &tokenizer, prompt: &prompt };
     let threads = Threads::new(args.ranks).gemm_threads(args.threads);
-    let ranks = match args.dtype {
-        Dtype::F64 => threads.run(|world| task.generate::<f64>(&world)),
-        Dtype::F32 => threads.run(|world| task.generate::<f32>(&world)),
-        Dtype::Bf16 => threads.run(|world| task.generate::<bf16>(&world)),
-        Dtype::F16 => threads.run(|world| task.generate::<f16>(&world)),
-    }?;
+    let ranks = model.with_weights(|weights| {
+        let task = Task { args, model: &model, weights, prompt: &prompt };
+        match args.dtype {
+            Dtype::F64 => threads.run(|world| task.generate::<f64>(&world)),
+            Dtype::F32 => threads.run(|world| task.generate::<f32>(&world)),
+            Dtype::Bf16 => threads.run(|world| task.generate::<bf16>(&world)),
+            Dtype::F16 => threads.run(|world| task.generate::<f16>(&world)),
+        }
+    })?;
     if ranks.iter().any(|rank| rank.tokens != ranks[0].tokens) {
         return Err(fail("the ranks wrote different texts"));
     }
     let Written { tokens, stopped, loading, reading, writing, .. } = &ranks[0];
     let rate = |count: usize, time: &Duration| count as f64 / time.as_secs_f64().max(1e-9);
-    let memory: Vec<String> =
-        ranks.iter().map(|rank| format!("{:.1}", rank.peak as f64 / (1 << 20) as f64)).collect();
+    let mib = |bytes: fn(&Written) -> usize| {
+        let each = ranks.iter().map(|rank| format!("{:.1}", bytes(rank) as f64 / (1 << 20) as f64));
+        each.collect::<Vec<String>>().join(" ")
+    };
     eprintln!(
         "\n\n{} ranks, {:?}: loaded in {loading:.0?}; read {} tokens at {:.0} a second; wrote {} at {:.0} a second, up to \
          {stopped}; peak MiB a rank: {}",
@@ -158,15 +171,20 @@ fn run(args: &Args) -> Result<()> {
         rate(prompt.len(), reading),
         tokens.len(),
         rate(tokens.len().saturating_sub(1), writing),
-        memory.join(" ")
+        mib(|rank| rank.peak)
     );
+    if model.quantized {
+        eprintln!("quantized weights; MiB of all weights a rank: {}", mib(|rank| rank.weights));
+    }
     if tokens.is_empty() && args.tokens > 0 {
         eprintln!(
             "note: the model ended the text at once; if it was trained to answer, it needs its chat template"
         );
     }
     let length = prompt.len() + tokens.len();
-    if let (None, Some(context)) = (config.positions, config.context.filter(|context| length > *context)) {
+    if let (None, Some(context)) =
+        (model.config.positions, model.config.context.filter(|context| length > *context))
+    {
         eprintln!("note: {length} tokens are more than the {context} that the model was made for");
     }
     Ok(())
@@ -184,9 +202,8 @@ fn dynamic(config: &DecoderConfig) -> Option<(f64, usize)> {
 
 struct Task<'a> {
     args: &'a Args,
-    config: &'a DecoderConfig,
-    checkpoint: &'a Checkpoint,
-    tokenizer: &'a Tokenizer,
+    model: &'a Model,
+    weights: &'a (dyn WeightSource + Sync),
     prompt: &'a [u32],
 }
 
@@ -198,16 +215,23 @@ struct Written {
     loading: Duration,
     reading: Duration,
     writing: Duration,
+    /// The bytes of memory that the weights take.
+    weights: usize,
     peak: usize,
 }
 
 impl Task<'_> {
     fn generate<T: Element>(&self, world: &Group<Cpu>) -> Result<Written> {
-        let Self { args, config, prompt, .. } = self;
+        let Self { args, prompt, model: Model { config, .. }, .. } = self;
+        let world = &match args.invariant {
+            Some(blocks) => world.with_reduction(Reduction::Invariant { blocks }),
+            None => world.clone(),
+        };
         let sampler =
             Sampler { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
         let start = Instant::now();
-        let model = Decoder::<Replicated, T, Cpu>::load(world, self.checkpoint, config)?;
+        let model = Decoder::<Replicated, T, Cpu>::load(world, self.weights, config)?;
+        let weights = world.device().memory().live;
         // With learned positions the text ends at the last position. Otherwise the loop below reads
         // the text into a larger cache when this one is full.
         let room = prompt.len().saturating_add(args.tokens);
@@ -219,8 +243,12 @@ impl Task<'_> {
         let mut cache = model.cache(1, room.min(made_for.max(prompt.len())))?;
         let (loading, start) = (start.elapsed(), Instant::now());
 
-        let mut printed =
-            Printer { tokenizer: self.tokenizer, ids: prompt.to_vec(), shown: 0, on: world.rank() == 0 };
+        let mut printed = Printer {
+            tokenizer: &self.model.tokenizer,
+            ids: prompt.to_vec(),
+            shown: 0,
+            on: world.rank() == 0,
+        };
         printed.show()?;
         let mut logits = self.read(&model, prompt, &mut cache)?;
         let (reading, start) = (start.elapsed(), Instant::now());
@@ -252,7 +280,7 @@ impl Task<'_> {
             }
         };
         let peak = world.device().memory().peak;
-        Ok(Written { tokens, stopped, loading, reading, writing: start.elapsed(), peak })
+        Ok(Written { tokens, stopped, loading, reading, writing: start.elapsed(), weights, peak })
     }
 
     /// Reads a text into an empty cache in chunks. Returns the logits of the next token.
@@ -264,7 +292,7 @@ impl Task<'_> {
     ) -> Result<DTensor<Shard<1>, T, Cpu>> {
         // Dynamic NTK's rotation depends on the length of the whole text, so the text is read at
         // once.
-        let chunk = if dynamic(self.config).is_some() { text.len() } else { self.args.chunk };
+        let chunk = if dynamic(&self.model.config).is_some() { text.len() } else { self.args.chunk };
         let (first, rest) = text.split_at(chunk.min(text.len()));
         let mut logits = model.step(first, &[0], &[first.len()], cache)?;
         for ids in rest.chunks(chunk) {
@@ -276,7 +304,7 @@ impl Task<'_> {
 
 /// Prints a text as it grows.
 struct Printer<'a> {
-    tokenizer: &'a Tokenizer,
+    tokenizer: &'a tokenizers::Tokenizer,
     ids: Vec<u32>,
     shown: usize,
     on: bool,

@@ -2,31 +2,33 @@
 //! any number of ranks.
 //!
 //! ```text
-//! cargo run --release -p text-examples --bin perplexity -- FOLDER TEXT --ranks 2
+//! cargo run --release -p text-examples --bin perplexity -- MODEL TEXT --ranks 2
 //! ```
+//!
+//! The model is a folder in Hugging Face's format or a GGUF file, as for the example `generate`.
+//! `--quantize`, `--by-row`, `--activations` and `--dequantize` choose the precision of weights.
 //!
 //! The text is split into windows. The model predicts each token from the earlier tokens of the
 //! same window. No rank gathers the logits: each rank holds the logits of its vocabulary shard.
 
-mod checkpoint;
-
+use checkpoint::{Model, Precision};
 use clap::Parser;
 use shardwise::{
     Error, Result,
     comm::Group,
     device::{Cpu, Element},
     launch,
-    models::{Decoder, DecoderConfig, ModelConfig},
+    models::{Decoder, DecoderConfig},
     parallel::VocabParallelCrossEntropy,
     shard::{Replicated, Sequences},
-    weights::Checkpoint,
+    tensor::WeightSource,
 };
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
 /// Prints the perplexity of a text.
 #[derive(Parser, Debug)]
 struct Args {
-    /// The checkpoint's folder.
+    /// The folder of a checkpoint, or a GGUF file.
     model: PathBuf,
     /// The text file.
     text: PathBuf,
@@ -42,6 +44,8 @@ struct Args {
     /// Compute in bf16 rather than f32.
     #[arg(long)]
     bf16: bool,
+    #[command(flatten)]
+    precision: Precision,
 }
 
 fn main() -> ExitCode {
@@ -54,24 +58,22 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let fail = |reason: String| Error::Invalid { op: "perplexity", reason };
-    let ModelConfig::Decoder(config) = ModelConfig::read(&args.model)? else {
-        return Err(fail("the model is not a decoder, so it has no perplexity".into()));
-    };
-    checkpoint::check_ranks("perplexity", args.ranks, config.block.attention.heads)?;
-    let checkpoint = Checkpoint::open(&args.model)?;
-    let tokenizer = checkpoint::tokenizer(&args.model).map_err(fail)?;
+    let model = Model::open("perplexity", &args.model, args.precision)?;
+    checkpoint::check_ranks("perplexity", args.ranks, model.config.block.attention.heads)?;
     let text = std::fs::read_to_string(&args.text)
         .map_err(|error| fail(format!("{}: {error}", args.text.display())))?;
-    let ids = tokenizer.encode(text, true).map_err(|error| fail(error.to_string()))?.get_ids().to_vec();
+    let ids = model.tokenizer.encode(text, true).map_err(|error| fail(error.to_string()))?.get_ids().to_vec();
     let windows: Vec<&[u32]> =
         ids.chunks(args.window.max(2)).filter(|ids| ids.len() > 1).take(args.windows).collect();
     let start = Instant::now();
-    let sums = launch::threads(args.ranks, |world| {
-        if args.bf16 {
-            losses::<half::bf16>(&world, &checkpoint, &config, &windows)
-        } else {
-            losses::<f32>(&world, &checkpoint, &config, &windows)
-        }
+    let sums = model.with_weights(|weights| {
+        launch::threads(args.ranks, |world| {
+            if args.bf16 {
+                losses::<half::bf16>(&world, weights, &model.config, &windows)
+            } else {
+                losses::<f32>(&world, weights, &model.config, &windows)
+            }
+        })
     })?;
     if sums.iter().any(|sum| sum.to_bits() != sums[0].to_bits()) {
         return Err(fail("the ranks' losses differ".into()));
@@ -91,11 +93,11 @@ fn run(args: &Args) -> Result<()> {
 /// Returns the sum of the losses of all tokens except the first of each window.
 fn losses<T: Element>(
     world: &Group<Cpu>,
-    checkpoint: &Checkpoint,
+    weights: &dyn WeightSource,
     config: &DecoderConfig,
     windows: &[&[u32]],
 ) -> Result<f64> {
-    let model = Decoder::<Replicated, T, Cpu>::load(world, checkpoint, config)?;
+    let model = Decoder::<Replicated, T, Cpu>::load(world, weights, config)?;
     let mut sum = 0.0;
     for ids in windows {
         let (targets, ids) = (&ids[1..], &ids[..ids.len() - 1]);

@@ -2,14 +2,12 @@
 //! to its 12 heads.
 //!
 //! ```text
-//! scripts/fetch_minilm.sh
+//! scripts/fetch_model.sh minilm
 //! cargo run --release -p text-examples --bin sentence_embedding -- \
 //!     --ranks 5 "A cat sat." "It rained all day."
 //! ```
 //!
 //! Each rank reads only its shard of the checkpoint's attention and feed-forward weights.
-
-mod checkpoint;
 
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
@@ -78,7 +76,7 @@ fn run(args: &Args) -> Result<()> {
         args.sentences.clone()
     };
     let mut tokenizer = checkpoint::tokenizer(&args.model)
-        .map_err(|error| fail(format!("{error}; scripts/fetch_minilm.sh fetches the model")))?;
+        .map_err(|error| fail(format!("{error}; scripts/fetch_model.sh minilm fetches the model")))?;
     // The tokenizer must not pad, because `embed` pads the batch.
     tokenizer.with_padding(None);
     let tokens: Vec<Vec<u32>> = sentences

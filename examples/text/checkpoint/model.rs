@@ -1,0 +1,86 @@
+//! A model that an example runs: its configuration, weights and tokenizer.
+
+use super::{GgufTokenizer, Precision};
+use shardwise::{
+    Error, Result,
+    models::{DecoderConfig, ModelConfig},
+    tensor::WeightSource,
+    weights::{Checkpoint, Gguf, Transposed},
+};
+use std::path::Path;
+use tokenizers::Tokenizer;
+
+enum Source {
+    Folder(Checkpoint),
+    File(Gguf),
+}
+
+impl Source {
+    fn weights(&self) -> &(dyn WeightSource + Sync) {
+        match self {
+            Self::Folder(checkpoint) => checkpoint,
+            Self::File(gguf) => gguf,
+        }
+    }
+}
+
+/// A decoder in a folder in Hugging Face's format, or in a GGUF file.
+pub struct Model {
+    /// The configuration.
+    pub config: DecoderConfig,
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Whether the ranks hold quantized weights.
+    pub quantized: bool,
+    source: Source,
+    /// Whether the matrices of blocks have to be transposed before they are quantized.
+    transposed: bool,
+    precision: Precision,
+}
+
+impl Model {
+    /// Opens a folder, or a file whose name ends with `.gguf`. Errors name `op`.
+    ///
+    /// # Errors
+    /// When the model is no decoder, when it or its tokenizer cannot be read or is not known, or
+    /// when the options do not fit it.
+    pub fn open(op: &'static str, path: &Path, precision: Precision) -> Result<Self> {
+        let fail = |reason: String| Error::Invalid { op, reason };
+        let (config, tokenizer, source) = if path.extension().is_some_and(|end| end == "gguf") {
+            let gguf = Gguf::open(path)?;
+            let config = ModelConfig::of_gguf(&gguf)?;
+            let tokenizer = GgufTokenizer::read(&gguf).and_then(|tokenizer| tokenizer.build());
+            let named = |reason| fail(format!("{}: {reason}", path.display()));
+            (config, tokenizer.map_err(named)?, Source::File(gguf))
+        } else {
+            let config = ModelConfig::read(path)?;
+            (config, super::tokenizer(path).map_err(fail)?, Source::Folder(Checkpoint::open(path)?))
+        };
+        let ModelConfig::Decoder(mut config) = config else {
+            return Err(fail("the model is not a decoder, so it does not predict tokens".into()));
+        };
+        let has_format = |name: &String| source.weights().format(name).is_some();
+        let quantized = source.weights().names().is_some_and(|names| names.iter().any(has_format));
+        precision.check(quantized).map_err(|reason| fail(format!("{}: {reason}", path.display())))?;
+        let source = match source {
+            Source::File(gguf) => Source::File(precision.of_gguf(gguf)),
+            folder => folder,
+        };
+        let quantized = precision.leaves_quantized(quantized);
+        let transposed = config.transposed && quantized;
+        config.transposed &= !quantized;
+        Ok(Self { config, tokenizer, quantized, source, transposed, precision })
+    }
+
+    /// Runs `run` with the weights as the options ask for them.
+    ///
+    /// # Errors
+    /// When the weights cannot be quantized as the options ask; the error of `run`.
+    pub fn with_weights<R>(&self, run: impl FnOnce(&(dyn WeightSource + Sync)) -> Result<R>) -> Result<R> {
+        let in_block = format!(".{}.", self.config.names.blocks);
+        let is_in_block = |name: &str| name.contains(&in_block) || name.starts_with(&in_block[1..]);
+        let source = self.source.weights();
+        let source = Transposed::new(source, |name| self.transposed && is_in_block(name));
+        self.precision.with_weights(&source, run)
+    }
+}
