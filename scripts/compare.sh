@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Times shardwise and PyTorch on this machine, alternating, and writes
-# benches/results/<date>-<processor>.md and .png.
+# benches/results/<date>-<processor>.md and .png. Then runs scripts/compare_gguf.sh, which does so with llama.cpp.
 #   scripts/compare.sh [ROUNDS]      (3 by default; a round takes about five minutes on two cores)
 # Installs PyTorch and matplotlib from PyPI into target/peers (several GB on the first run). Close
 # other programs first: the machine's state during the run is recorded with the results.
@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 rounds=${1:-3}
 peers=${PEERS_VENV:-target/peers}
 work=target/compare
+export PYTHONDONTWRITEBYTECODE=1
 if [ ! -x "$peers/bin/python" ]; then
     python3 -m venv "$peers"
 fi
@@ -33,3 +34,4 @@ for round in $(seq "$rounds"); do
     "$peers/bin/python" scripts/peers/collectives_torch.py --json "$work/gloo.json"
 done
 "$peers/bin/python" scripts/peers/report.py "$work" benches/results
+scripts/compare_gguf.sh "$rounds"

@@ -1,13 +1,9 @@
 """Writes the table and the plot of a run of scripts/compare.sh: report.py FOLDER_OF_THE_RUN FOLDER_FOR_RESULTS."""
 
-import collections
 import datetime
 import json
 import pathlib
-import platform
 import re
-import statistics
-import subprocess
 import sys
 
 import matplotlib
@@ -15,74 +11,25 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from machine import commit, lines, machine, medians, number, processor, ratio, stem, table, words
 
 run, results = map(pathlib.Path, sys.argv[1:3])
-
-
-def lines(name):
-    path = run / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def medians(rows, key, value):
-    """The median of each key's measurements over the rounds."""
-    all_rounds = collections.defaultdict(list)
-    for row in rows:
-        all_rounds[key(row)].append(value(row))
-    return {key: statistics.median(values) for key, values in all_rounds.items()}
-
-
-ours = medians(lines("layers.json") + lines("decode.json"), lambda r: (r["case"], r["ranks"]), lambda r: r["median_ms"])
-share = medians(lines("layers.json"), lambda r: (r["case"], r["ranks"]), lambda r: r["of_peak"])
-torch_ms = medians(lines("torch.json"), lambda r: (r["case"], r["mode"]), lambda r: r["median_ms"])
+ours = medians(lines(run / "layers.json") + lines(run / "decode.json"), lambda r: (r["case"], r["ranks"]), lambda r: r["median_ms"])
+share = medians(lines(run / "layers.json"), lambda r: (r["case"], r["ranks"]), lambda r: r["of_peak"])
+torch_ms = medians(lines(run / "torch.json"), lambda r: (r["case"], r["mode"]), lambda r: r["median_ms"])
 collectives = [row for path in sorted(run.glob("collectives-*.json")) for row in json.loads(path.read_text())]
 threads_us = medians(collectives, lambda r: (r["op"], r["ranks"], r["dtype"], r["bytes"]), lambda r: r["median_s"] * 1e6)
-gloo_us = medians(lines("gloo.json"), lambda r: (r["op"], r["ranks"], r["bytes"]), lambda r: r["median_s"] * 1e6)
+gloo_us = medians(lines(run / "gloo.json"), lambda r: (r["op"], r["ranks"], r["bytes"]), lambda r: r["median_s"] * 1e6)
 
-
-def words(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def processor():
-    for line in open("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-flags = next((line for line in open("/proc/cpuinfo") if line.startswith("flags")), "")
-vectors = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
-cores = len(re.findall(r"^processor", open("/proc/cpuinfo").read(), re.M))
-commit = words("git", "rev-parse", "--short", "HEAD")
-if words("git", "status", "--porcelain", "--untracked-files=no"):
-    commit += " with changes"
 today = datetime.date.today().isoformat()
-stem = f"{today}-{re.sub('[^a-z0-9]+', '-', processor().lower()).strip('-')}"
+name, at_commit = stem(), commit()
 load = (run / "load").read_text().split("\n")[:-1]
 limits = re.findall(r"^(?:one core|read from memory): .*$", (run / "layers.txt").read_text() + (run / "decode.txt").read_text(), re.M)
-
-
-def number(value):
-    return "" if value is None else f"{value:.3g}" if value < 10 else f"{value:.1f}"
-
-
-def ratio(a, b):
-    return "" if a is None or b is None else f"{a / b:.2f}"
-
-
-def table(head, rows):
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "|".join("---" if at == 0 else "---:" for at in range(len(head))) + "|"
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
-    yield ""
-
 
 text = [
     f"# shardwise and PyTorch, {today}",
     "",
-    f"{processor()} ({vectors}), {cores} processors, Linux {platform.release()}; commit {commit}; rustc {words('rustc', '--version').split()[1]},",
+    f"{machine()}; commit {at_commit}; rustc {words('rustc', '--version').split()[1]},",
     f"PyTorch {torch.__version__} with gloo. `scripts/compare.sh {len(load)}`: all programs in turn, {len(load)} rounds, medians over the rounds.",
     f"Load averages as the rounds began: {'; '.join(load)}.",
     "Measured limits, best of the rounds' first lines: " + "; ".join(sorted(set(limits))) + ".",
@@ -120,8 +67,8 @@ text += table(
     ],
 )
 text += ["This compares threads that share memory with processes that do not, which is the purpose of the transport. It says nothing about gloo on a network.", ""]
-text += [f"![times of layers]({stem}.png)", ""]
-(results / f"{stem}.md").write_text("\n".join(text))
+text += [f"![times of layers]({name}.png)", ""]
+(results / f"{name}.md").write_text("\n".join(text))
 
 shown = [case for case in cases if any((case, mode) in torch_ms for mode in modes)]
 figure, axes = plt.subplots(figsize=(10, 0.9 * len(shown) + 1.2))
@@ -138,8 +85,8 @@ axes.set_yticks(range(len(shown)), [f"{case}\n{ours[case, 2]:.3g} ms" for case i
 axes.invert_yaxis()
 axes.axvline(1, color="black", linewidth=0.8)
 axes.set_xlabel("time, as a multiple of shardwise on 2 ranks (shorter is faster)")
-axes.set_title(f"{processor()}, {today}, commit {commit}")
+axes.set_title(f"{processor()}, {today}, commit {at_commit}")
 axes.legend(fontsize=8)
 figure.tight_layout()
-figure.savefig(results / f"{stem}.png", dpi=110)
-print(results / f"{stem}.md")
+figure.savefig(results / f"{name}.png", dpi=110)
+print(results / f"{name}.md")
