@@ -80,8 +80,8 @@ impl<B: Backend> Sums<B> {
         x.partial_sum(nodes, features, true)
     }
 
-    /// Computes this rank's terms of x wᵀ with quantized weights. The columns of w
-    /// are partitioned into leaves. Does not reduce the terms.
+    /// Computes this rank's terms of x wᵀ with quantized weights. The columns of w are partitioned
+    /// into leaves. Does not reduce the terms.
     pub(in crate::parallel) fn quantized_product<P: Placement, T: Element>(
         &self,
         x: &DTensor<P, T, B>,

@@ -73,7 +73,7 @@ impl<T: Element, B: Backend> Param<T, B> {
             weights.source().read(&own.tensor, role, &own.region, out)?;
         }
         let value = if B::HAS_VALUES {
-            Tensor::from_slice(device, shape, &host)?
+            Tensor::from_vec(device, shape, host)?
         } else {
             Tensor::empty(device, shape)?
         };
