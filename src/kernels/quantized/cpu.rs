@@ -73,7 +73,7 @@ impl Quantized for Cpu {
         let start = shape.columns.start;
         let work = x.rows() * x.cols() * shape.rows;
         self.count(2 * work as u128);
-        let x = Rows::quantize(x, &(start + columns.start..start + columns.end));
+        let x = Rows::quantize(x, &(start + columns.start..start + columns.end))?;
         let panels = shape.rows.div_ceil(ROWS);
         let threads = if work < PARALLEL { 1 } else { self.threads().min(panels) };
         let mut store = |row: usize, panel: usize, sums: &[f32; ROWS]| {
@@ -219,7 +219,7 @@ mod tests {
             x[columns.len() + 7] = f32::INFINITY;
             x[2 * columns.len()..3 * columns.len()].fill(0.0);
             x[3 * columns.len()..4 * columns.len()].fill(1e-42);
-            let rows = Rows::quantize(MatRef::new(&x[..], 11, columns.len()).unwrap(), &columns);
+            let rows = Rows::quantize(MatRef::new(&x[..], 11, columns.len()).unwrap(), &columns).unwrap();
             let product = |instructions| {
                 let mut y = vec![f32::MAX; 11 * 48];
                 multiply(instructions, (&weights, &rows, 0..3), &mut |row, panel, sums| {

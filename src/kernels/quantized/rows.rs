@@ -2,7 +2,8 @@
 
 use super::format::CHUNK;
 use crate::{
-    device::{Cpu, Element, vectorized},
+    device::{Cpu, Element, vectorized, zeroed},
+    error::Result,
     kernels::MatRef,
 };
 use std::ops::Range;
@@ -20,7 +21,7 @@ pub(super) struct Rows {
 }
 
 /// A chunk of a row of activations.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(super) struct XChunk {
     pub(super) d: f32,
     /// The sums of the codes of both halves.
@@ -29,8 +30,6 @@ pub(super) struct XChunk {
 }
 
 impl XChunk {
-    const ZERO: Self = Self { d: 0.0, sums: [0; 2], codes: [0; CHUNK] };
-
     /// The codes of columns 4 `at` .. 4 `at` + 4, the first of them in the low bits.
     #[inline(always)]
     pub(super) fn quad(&self, at: usize) -> i32 {
@@ -42,9 +41,12 @@ impl XChunk {
 
 impl Rows {
     /// Quantizes rows whose columns are `columns` of the whole tensor.
-    pub(super) fn quantize<T: Element>(x: MatRef<'_, T, Cpu>, columns: &Range<usize>) -> Self {
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub(super) fn quantize<T: Element>(x: MatRef<'_, T, Cpu>, columns: &Range<usize>) -> Result<Self> {
         let chunks = columns.start / CHUNK..columns.end.div_ceil(CHUNK);
-        let mut codes = vec![XChunk::ZERO; x.rows() * chunks.len()];
+        let mut codes = zeroed::<XChunk>(x.rows().saturating_mul(chunks.len()))?;
         // The columns of the first chunk that come before those of x.
         let skipped = columns.start - chunks.start * CHUNK;
         vectorized(|| {
@@ -65,7 +67,7 @@ impl Rows {
                 }
             }
         });
-        Self { codes, chunks, tokens: x.rows() }
+        Ok(Self { codes, chunks, tokens: x.rows() })
     }
 
     /// The chunks of a row.
@@ -84,7 +86,7 @@ fn quantize(x: &[f32; CHUNK]) -> XChunk {
     let inverse = 1.0 / d;
     if !(d.is_finite() && inverse.is_finite()) {
         // Numbers that are too small to be divided by count as 0.
-        return XChunk { d: if d.is_finite() { 0.0 } else { f32::NAN }, ..XChunk::ZERO };
+        return XChunk { d: if d.is_finite() { 0.0 } else { f32::NAN }, ..XChunk::default() };
     }
     let codes = x.map(|x| (x * inverse + ROUND).to_bits() as i8);
     let sum = |codes: &[i8]| codes.iter().map(|code| i32::from(*code)).sum();

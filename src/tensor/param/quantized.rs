@@ -2,7 +2,7 @@
 
 use super::{OP, ParamRegion};
 use crate::{
-    device::{DType, Element},
+    device::{DType, Element, zeroed},
     error::{Error, Result, same_size},
     kernels::{Activations, Backend, Format, MatMut, MatRef, QuantizedShape},
     tensor::{Role, Tensor, WeightSource},
@@ -121,7 +121,7 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
         cols: usize,
         run: &Run<'_>,
     ) -> Result<Tensor<T, B>> {
-        let mut host = vec![T::default(); if B::HAS_VALUES { run.rows.len() * cols } else { 0 }];
+        let mut host = zeroed::<T>(if B::HAS_VALUES { run.rows.len().saturating_mul(cols) } else { 0 })?;
         let mut rest = &mut host[..];
         for own in run.regions.iter().filter(|_| B::HAS_VALUES) {
             let (to, after) = std::mem::take(&mut rest).split_at_mut(own.region.extent().len());
