@@ -1,7 +1,7 @@
 //! Reads the header of a GGUF file value by value.
 
 use super::super::file::DataFile;
-use crate::error::Result;
+use crate::{device::zeroed, error::Result};
 
 /// The length of one read in bytes.
 const BUFFER: u64 = 1 << 16;
@@ -91,7 +91,7 @@ impl<'a> Cursor<'a> {
             return Err(self.file.bad(reason));
         }
         self.has(len, what)?;
-        let mut text = vec![0; len as usize];
+        let mut text = zeroed::<u8>(len as usize)?;
         let buffered = self.start..self.start + self.buffer.len() as u64;
         if buffered.contains(&self.at) && self.at + len <= buffered.end {
             let at = (self.at - self.start) as usize;

@@ -7,6 +7,9 @@ use crate::error::Result;
 /// The largest number of elements of a list that can be read.
 const MAX_ELEMENTS: u64 = 1 << 22;
 
+/// The maximal length of a text in bytes.
+const MAX_TEXT: u64 = 1 << 24;
+
 /// A value of the metadata of a GGUF file.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -69,6 +72,8 @@ pub(super) fn skip(cursor: &mut Cursor<'_>) -> Result<()> {
 fn skip_values(cursor: &mut Cursor<'_>, kind: u32, count: u64) -> Result<()> {
     match size(kind) {
         Some(size) => cursor.skip(size.saturating_mul(count), "a value"),
+        // Each text is visited, so their number is limited, whatever the length of the file.
+        None if kind == STRING && count > MAX_ELEMENTS => Err(too_long(cursor, count, MAX_ELEMENTS)),
         None if kind == STRING => (0..count).try_for_each(|_| {
             let len = cursor.u64("the length of a text")?;
             cursor.skip(len, "a text")
@@ -89,14 +94,18 @@ fn list(cursor: &mut Cursor<'_>) -> Result<(u32, u64)> {
 
 /// Reads a value, which starts with the number of its type.
 pub(super) fn value(cursor: &mut Cursor<'_>) -> Result<GgufValue> {
+    short_value(cursor, MAX_ELEMENTS)
+}
+
+/// Reads a value, which may be a list of at most `most` elements.
+pub(super) fn short_value(cursor: &mut Cursor<'_>, most: u64) -> Result<GgufValue> {
     let kind = cursor.u32("the type of a value")?;
     if kind != ARRAY {
         return one(cursor, kind);
     }
     let (kind, count) = list(cursor)?;
-    if count > MAX_ELEMENTS {
-        let reason = format!("a list of {count} elements is too long; at most {MAX_ELEMENTS} are read");
-        return Err(cursor.file().bad(reason));
+    if count > most {
+        return Err(too_long(cursor, count, most));
     }
     (0..count).map(|_| one(cursor, kind)).collect::<Result<_>>().map(GgufValue::Array)
 }
@@ -115,12 +124,16 @@ fn one(cursor: &mut Cursor<'_>, kind: u32) -> Result<GgufValue> {
             [bit @ (0 | 1)] => GgufValue::Bool(bit == 1),
             [byte] => return Err(cursor.file().bad(format!("{byte} is neither true (1) nor false (0)"))),
         },
-        STRING => GgufValue::String(cursor.text(u64::MAX, "a text")?),
+        STRING => GgufValue::String(cursor.text(MAX_TEXT, "a text")?),
         10 => GgufValue::Integer(cursor.u64(what)?.into()),
         11 => GgufValue::Integer(i64::from_le_bytes(cursor.bytes(what)?).into()),
         12 => GgufValue::F64(f64::from_le_bytes(cursor.bytes(what)?)),
         _ => return Err(unknown(cursor, kind)),
     })
+}
+
+fn too_long(cursor: &Cursor<'_>, count: u64, most: u64) -> crate::Error {
+    cursor.file().bad(format!("a list of {count} elements is too long; at most {most} are read"))
 }
 
 fn unknown(cursor: &Cursor<'_>, kind: u32) -> crate::Error {

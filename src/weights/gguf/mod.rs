@@ -22,6 +22,10 @@ use std::{
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
+use types::Type;
+
+/// The largest number of elements of a list with one element for each layer.
+const MAX_LAYERS: u64 = 1 << 16;
 
 /// The key of the architecture.
 const ARCHITECTURE: &str = "general.architecture";
@@ -130,9 +134,10 @@ impl Gguf {
             Some(GgufValue::String(name)) => name,
             Some(_) => return Err(gguf.files[0].bad(format!("`{ARCHITECTURE}` is not a text"))),
         };
+        let heads = if gguf.architecture == "llama" { gguf.llama_heads()? } else { [None; 2] };
         for (file, tensors) in headers.into_iter().enumerate() {
             for (name, entry) in tensors {
-                let head = gguf.head(&gguf.files[file], &name, &entry)?;
+                let head = gguf.head(&gguf.files[file], &name, &entry, heads)?;
                 let new = names::hugging_face(&gguf.architecture, &name);
                 if gguf.tensors.insert(new, Tensor { file, entry, head }).is_some() {
                     let reason = format!("tensor `{}` is there twice", name.escape_debug());
@@ -143,15 +148,24 @@ impl Gguf {
         Ok(gguf)
     }
 
+    /// Returns the numbers of query heads and of key/value heads of `llama`.
+    fn llama_heads(&self) -> Result<[Option<i128>; 2]> {
+        let query = self.layer_number("llama.attention.head_count")?;
+        Ok([query, self.layer_number("llama.attention.head_count_kv")?.or(query)])
+    }
+
     /// Returns the rows of a head, if they are in the order of interleaved pairs.
-    fn head(&self, file: &DataFile, name: &str, entry: &Entry) -> Result<Option<usize>> {
+    fn head(
+        &self,
+        file: &DataFile,
+        name: &str,
+        entry: &Entry,
+        [query, key_value]: [Option<i128>; 2],
+    ) -> Result<Option<usize>> {
         let heads = match names::interleaved(&self.architecture, name) {
             None => return Ok(None),
-            Some(Heads::Query) => self.layer_number("llama.attention.head_count")?,
-            Some(Heads::KeyValue) => match self.layer_number("llama.attention.head_count_kv")? {
-                None => self.layer_number("llama.attention.head_count")?,
-                heads => heads,
-            },
+            Some(Heads::Query) => query,
+            Some(Heads::KeyValue) => key_value,
         };
         let bad = |reason: &str| Err(file.bad(format!("tensor `{}`: {reason}", name.escape_debug())));
         let &[rows, ..] = entry.shape.as_slice() else { return bad("it has no rows") };
@@ -167,6 +181,9 @@ impl Gguf {
         if entry.shape.len() > 2 {
             return bad(&format!("it has {} dimensions; at most 2 are allowed", entry.shape.len()));
         }
+        if entry.shape.len() == 1 && Type::of(entry.number).is_some_and(|of| of.weights > 1) {
+            return bad("its rows cannot be ordered, because its blocks have several rows");
+        }
         Ok(Some(rows / heads))
     }
 
@@ -179,17 +196,17 @@ impl Gguf {
     /// [`Error::Checkpoint`]: crate::Error::Checkpoint
     pub(crate) fn layer_number(&self, key: &str) -> Result<Option<i128>> {
         let bad = |reason: &str| Err(self.files[0].bad(format!("`{key}` {reason}")));
-        match self.get(key)? {
-            None => Ok(None),
-            Some(GgufValue::Integer(number)) => Ok(Some(number)),
-            Some(GgufValue::Array(numbers)) => match numbers.first() {
+        let Some(&at) = self.values.get(key) else { return Ok(None) };
+        match metadata::short_value(&mut Cursor::new(&self.files[0], at), MAX_LAYERS)? {
+            GgufValue::Integer(number) => Ok(Some(number)),
+            GgufValue::Array(numbers) => match numbers.first() {
                 Some(GgufValue::Integer(first)) if numbers.iter().all(|number| *number == numbers[0]) => {
                     Ok(Some(*first))
                 }
                 Some(GgufValue::Integer(_)) => bad("differs between layers, which is not known"),
                 _ => bad("has no integers"),
             },
-            Some(_) => bad("is not an integer"),
+            _ => bad("is not an integer"),
         }
     }
 

@@ -27,6 +27,8 @@ pub(super) fn open(path: &Path) -> Result<Vec<(DataFile, Header)>> {
         for (key, found) in [("split.no", at), ("split.count", count)] {
             match number(&opened, key)? {
                 Some(value) if value == found as i128 => {}
+                // A whole file may have the name of an only part.
+                None if count == 1 => {}
                 value => {
                     let value = value.map_or("missing".into(), |value| value.to_string());
                     let reason = format!("`{key}` is {value}, but by its name the file has {found}");
