@@ -55,7 +55,8 @@ impl ModelConfig {
     /// # Errors
     /// [`Error::Config`] when the architecture is not known, a key is missing, or a key of the
     /// architecture is not known or has a value that is not known, because it may change the
-    /// result; [`Error::Checkpoint`] and [`Error::Io`] when the file cannot be read.
+    /// result; [`Error::TensorElement`] when a tensor has a type that cannot be read;
+    /// [`Error::Checkpoint`] and [`Error::Io`] when the file cannot be read.
     pub fn of_gguf(gguf: &Gguf) -> Result<Self> {
         let keys = Keys { gguf, asked: RefCell::default() };
         let architecture = gguf.architecture();
@@ -67,6 +68,10 @@ impl ModelConfig {
             && kind.text() != Some("model")
         {
             return Err(keys.bad("`general.type` is not `model`".into()));
+        }
+        // A type that cannot be read is an error before any rank takes memory.
+        for name in gguf.names() {
+            gguf.check(name, &Region::whole(gguf.shape(name)?))?;
         }
         let map = if architecture == "gpt2" { keys.gpt2()? } else { keys.llama()? };
         keys.finish()?;

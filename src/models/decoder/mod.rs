@@ -376,6 +376,9 @@ fn load_head<S: ResidualStream, T: Element, B: Backend>(
     Ok(Chain(norm, head))
 }
 
+/// The weights of a table that are compared at a time.
+const COMPARED: usize = 1 << 18;
+
 /// Rejects a head that differs from the embedding's table although the configuration ties the two.
 /// Each rank compares its own rows. A row that differs or cannot be read is an error on every rank.
 #[track_caller]
@@ -390,16 +393,22 @@ fn refuse_another_head<T: Element, B: Backend>(
         if !B::HAS_VALUES {
             return Ok(());
         }
-        let own = param.value()?.to_vec()?;
-        let width = param.shape().cols();
-        for rows in param.regions().iter() {
-            source.check(head, &rows.region)?;
-            let mut other = vec![T::default(); rows.region.extent().len()];
-            source.read(head, Role::Weight, &rows.region, T::any_mut(other.as_mut_slice()))?;
-            let equal =
-                |(a, b): (&T, &T)| a.to_f64() == b.to_f64() || (a.to_f64().is_nan() && b.to_f64().is_nan());
-            same &= own[rows.row * width..].iter().zip(&other).all(equal);
-            table.clone_from(&rows.tensor);
+        for own in param.regions().iter() {
+            source.check(head, &own.region)?;
+            table.clone_from(&own.tensor);
+            let (rows, width) = (own.region.ranges()[0].clone(), own.region.extent().cols());
+            let strip = (COMPARED / width.max(1)).max(1);
+            for start in rows.clone().step_by(strip) {
+                // The source is read for both, because the parameter may be quantized.
+                let part = own.region.clone().narrow(0, start..rows.end.min(start + strip));
+                let [mut one, mut other] = [(); 2].map(|()| vec![T::default(); part.extent().len()]);
+                source.read(&own.tensor, Role::Weight, &part, T::any_mut(one.as_mut_slice()))?;
+                source.read(head, Role::Weight, &part, T::any_mut(other.as_mut_slice()))?;
+                let equal = |(a, b): (&T, &T)| {
+                    a.to_f64() == b.to_f64() || (a.to_f64().is_nan() && b.to_f64().is_nan())
+                };
+                same &= one.iter().zip(&other).all(equal);
+            }
         }
         Ok(())
     };
