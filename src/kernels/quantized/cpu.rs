@@ -110,9 +110,15 @@ impl Quantized for Cpu {
     }
 
     #[inline(never)]
-    fn dequantize<T: Element>(&self, w: &CpuQuantized, rows: &[u32], y: MatMut<'_, T, Self>) -> Result<()> {
-        check_rows(&w.panels.shape, rows, &y)?;
-        vectorized(Dequantize { panels: &w.panels, rows, y });
+    fn dequantize<T: Element>(
+        &self,
+        w: &CpuQuantized,
+        rows: &[u32],
+        columns: Range<usize>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check_rows(&w.panels.shape, rows, &columns, &y)?;
+        vectorized(Dequantize { panels: &w.panels, rows, columns, y });
         Ok(())
     }
 }
@@ -121,6 +127,7 @@ impl Quantized for Cpu {
 struct Dequantize<'a, 'y, T: Element> {
     panels: &'a Panels,
     rows: &'a [u32],
+    columns: Range<usize>,
     y: MatMut<'y, T, Cpu>,
 }
 
@@ -133,7 +140,7 @@ impl<T: Element> Kernel for Dequantize<'_, '_, T> {
             let y = self.y.row(at);
             match row {
                 NO_ROW => y.fill(T::default()),
-                row => self.panels.row(row as usize, |columns, values| {
+                row => self.panels.row(row as usize, &self.columns, |columns, values| {
                     y[columns].iter_mut().zip(values).for_each(|(y, value)| *y = narrow(*value));
                 }),
             }

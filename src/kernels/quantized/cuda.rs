@@ -37,7 +37,13 @@ impl Quantized for Cuda {
         match *w {}
     }
 
-    fn dequantize<T: Element>(&self, w: &CudaQuantized, _: &[u32], _: MatMut<'_, T, Self>) -> Result<()> {
+    fn dequantize<T: Element>(
+        &self,
+        w: &CudaQuantized,
+        _: &[u32],
+        _: Range<usize>,
+        _: MatMut<'_, T, Self>,
+    ) -> Result<()> {
         match *w {}
     }
 }

@@ -18,8 +18,10 @@ pub struct MetaQuantized {
 }
 
 impl MetaQuantized {
-    fn bytes(&self) -> u128 {
-        Meta::slice(&self.panels).bytes()
+    /// The bytes of a part of the matrix.
+    fn part(&self, rows: usize, columns: usize) -> u128 {
+        let (all, len) = (Meta::slice(&self.panels).bytes(), self.shape.rows * self.shape.columns.len());
+        all * rows as u128 * columns as u128 / len.max(1) as u128
     }
 }
 
@@ -46,15 +48,20 @@ impl Quantized for Meta {
         let flops = [x.rows(), x.cols(), w.shape.rows]
             .iter()
             .fold(2, |all: u128, size| all.saturating_mul(*size as u128));
-        // The codes of the columns that x has.
-        let weights = w.bytes() * columns.len() as u128 / w.shape.columns.len().max(1) as u128;
+        let weights = w.part(w.shape.rows, columns.len());
         self.record(WorkKind::Product, T::DTYPE, flops, weights + x.bytes() + y.bytes());
         Ok(())
     }
 
-    fn dequantize<T: Element>(&self, w: &MetaQuantized, rows: &[u32], y: MatMut<'_, T, Self>) -> Result<()> {
-        check_rows(&w.shape, rows, &y)?;
-        let read = w.bytes() * rows.len() as u128 / w.shape.rows.max(1) as u128;
+    fn dequantize<T: Element>(
+        &self,
+        w: &MetaQuantized,
+        rows: &[u32],
+        columns: Range<usize>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check_rows(&w.shape, rows, &columns, &y)?;
+        let read = w.part(rows.len(), columns.len());
         self.record_elementwise::<T>(WorkKind::Other, y.bytes(), &[read]);
         Ok(())
     }

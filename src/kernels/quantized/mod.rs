@@ -99,16 +99,18 @@ pub trait Quantized: Gemm + Pointwise {
         y: MatMut<'_, C, Self>,
     ) -> Result<()>;
 
-    /// yᵢ ← the row `rowsᵢ` of w, or 0 where `rowsᵢ` is [`NO_ROW`](super::NO_ROW).
+    /// yᵢ ← these columns of the row `rowsᵢ` of w, or 0 where `rowsᵢ` is [`NO_ROW`](super::NO_ROW).
+    /// `columns` counts from the first column that w has.
     ///
-    /// `y`: `[rows.len(), columns of w]`.
+    /// `y`: `[rows.len(), columns.len()]`.
     ///
     /// # Errors
-    /// When a row is not in w, or sizes disagree.
+    /// When a row or a column is not in w, or sizes disagree.
     fn dequantize<T: Element>(
         &self,
         w: &Self::QuantizedMatrix,
         rows: &[u32],
+        columns: Range<usize>,
         y: MatMut<'_, T, Self>,
     ) -> Result<()>;
 }
@@ -128,9 +130,7 @@ fn check<T: Element, C: Element, B: Quantized>(
             "the activations are f64, which 8 bits would make far less precise: use `Activations::Exact`";
         return Err(Error::Unsupported { op: OP, reason: reason.into() });
     }
-    if columns.start > columns.end || columns.end > w.columns.len() {
-        return Err(Error::sizes(OP, "the end of the columns", columns.end, "columns of w", w.columns.len()));
-    }
+    check_columns(OP, w, columns)?;
     unit_columns(OP, x.dims())?;
     unit_columns(OP, y.dims())?;
     same_size(OP, "columns of x", x.cols(), "columns of w", columns.len())?;
@@ -138,15 +138,24 @@ fn check<T: Element, C: Element, B: Quantized>(
     same_size(OP, "rows of w", w.rows, "columns of y", y.cols())
 }
 
+fn check_columns(op: &'static str, w: &QuantizedShape, columns: &Range<usize>) -> Result<()> {
+    if columns.start <= columns.end && columns.end <= w.columns.len() {
+        return Ok(());
+    }
+    Err(Error::sizes(op, "the end of the columns", columns.end, "columns of w", w.columns.len()))
+}
+
 /// Checks the operands of [`Quantized::dequantize`].
 fn check_rows<T: Element, B: Quantized>(
     w: &QuantizedShape,
     rows: &[u32],
+    columns: &Range<usize>,
     y: &MatMut<'_, T, B>,
 ) -> Result<()> {
+    check_columns(OP_ROWS, w, columns)?;
     unit_columns(OP_ROWS, y.dims())?;
     same_size(OP_ROWS, "the number of rows", rows.len(), "rows of y", y.rows())?;
-    same_size(OP_ROWS, "columns of w", w.columns.len(), "columns of y", y.cols())?;
+    same_size(OP_ROWS, "the number of columns", columns.len(), "columns of y", y.cols())?;
     match rows.iter().find(|&&row| row as usize >= w.rows && row != super::NO_ROW) {
         Some(row) => Err(Error::invalid(OP_ROWS, format!("row {row} is beyond a matrix of {} rows", w.rows))),
         None => Ok(()),

@@ -24,6 +24,10 @@ use std::ops::Range;
 /// The rows of a panel.
 pub(super) const ROWS: usize = 16;
 
+/// The bytes of blocks that are read at a time, unless a row has more. A source that is stored
+/// transposed, or in another order of rows, reads a strip in one pass.
+const STRIP: usize = 1 << 20;
+
 /// A cache line.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
@@ -138,7 +142,7 @@ pub(super) struct Panel<'a> {
 }
 
 impl Panels {
-    /// Reads the blocks of 16 rows at a time by `read`, which is given the rows.
+    /// Reads the blocks of some rows at a time by `read`, which is given the rows.
     pub(super) fn load(
         shape: QuantizedShape,
         read: &mut dyn FnMut(Range<usize>, &mut [u8]) -> Result<()>,
@@ -147,9 +151,10 @@ impl Panels {
         let (chunks, blocks, (codes, scales)) = (shape.chunks(), shape.blocks(), lens(&shape));
         let mut panels = Self { shape, layout, codes: zeroed(codes)?, scales: zeroed(scales)? };
         let (rows, row_bytes) = (panels.shape.rows, blocks.len() * format.bytes());
-        let mut bytes = zeroed::<u8>(row_bytes.saturating_mul(ROWS.min(rows)))?;
-        for start in (0..rows).step_by(ROWS) {
-            let own = start..rows.min(start + ROWS);
+        let strip = (STRIP / row_bytes.max(1)).clamp(1, rows.max(1));
+        let mut bytes = zeroed::<u8>(row_bytes.saturating_mul(strip))?;
+        for start in (0..rows).step_by(strip) {
+            let own = start..rows.min(start + strip);
             let bytes = &mut bytes[..own.len() * row_bytes];
             read(own.clone(), bytes)?;
             for (row, bytes) in own.zip(bytes.chunks_exact(row_bytes.max(1))) {
@@ -261,17 +266,22 @@ impl Panels {
         }
     }
 
-    /// Passes the weights of a row to `visit` in order, as the range of their local columns and
-    /// their values.
+    /// Passes the weights of some columns of a row to `visit` in order: the range of their positions
+    /// among these columns, and their values. Columns count from the first that the panels have.
     #[inline(always)]
-    pub(super) fn row(&self, row: usize, mut visit: impl FnMut(Range<usize>, &[f32])) {
-        let columns = &self.shape.columns;
-        for chunk in self.shape.chunks() {
+    pub(super) fn row(
+        &self,
+        row: usize,
+        columns: &Range<usize>,
+        mut visit: impl FnMut(Range<usize>, &[f32]),
+    ) {
+        let first = self.shape.columns.start;
+        let (from, to) = (first + columns.start, first + columns.end);
+        for chunk in from / CHUNK..to.div_ceil(CHUNK) {
             let values = self.get(row, chunk).values();
             let start = chunk * CHUNK;
-            let own = columns.start.max(start)..columns.end.min(start + CHUNK);
-            let local = own.start - columns.start..own.end - columns.start;
-            visit(local, &values[own.start - start..own.end - start]);
+            let own = from.max(start)..to.min(start + CHUNK);
+            visit(own.start - from..own.end - from, &values[own.start - start..own.end - start]);
         }
     }
 }

@@ -67,7 +67,7 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
             let what = format!("the first row of the region of `{}`", own.tensor);
             same_size(OP, &what, own.row, "the end of the region before", end)?;
             end += own.region.extent().rows();
-            let (format, columns) = (format(own), own.region.ranges()[1].clone());
+            let (format, columns) = (format(own), own.region.ranges().get(1).cloned().unwrap_or(0..1));
             match runs.last_mut() {
                 Some(run) if run.format == format && run.columns == columns => {
                     run.rows.end = end;
@@ -162,24 +162,19 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
                     self.device.quantized_product(x, w, columns.clone(), y)?;
                 }
                 (Part::Quantized(w), Activations::Exact) => {
-                    let strip = (STRIP / self.cols.max(1)).max(1);
+                    let strip = (STRIP / columns.len().max(1)).max(1);
                     for start in (0..rows.len()).step_by(strip) {
                         let own = start..rows.len().min(start + strip);
-                        let w = self.dequantized(w, own.clone())?;
+                        let ids: Vec<u32> = own.clone().map(|row| row as u32).collect();
+                        let mut dense = Tensor::empty(&self.device, [own.len(), columns.len()])?;
+                        self.device.dequantize(w, &ids, columns.clone(), dense.mat_mut()?)?;
                         let y = y.reborrow().columns(own);
-                        self.device.gemm(1.0, x, w.mat().columns(columns.clone()).t(), 0.0, y)?;
+                        self.device.gemm::<T, C>(1.0, x, dense.mat().t(), 0.0, y)?;
                     }
                 }
             }
         }
         Ok(())
-    }
-
-    fn dequantized(&self, w: &B::QuantizedMatrix, rows: Range<usize>) -> Result<Tensor<T, B>> {
-        let mut value = Tensor::empty(&self.device, [rows.len(), self.cols])?;
-        let ids: Vec<u32> = (rows.start as u32..rows.end as u32).collect();
-        self.device.dequantize(w, &ids, value.mat_mut()?)?;
-        Ok(value)
     }
 
     /// Dequantizes all rows.
@@ -193,7 +188,7 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
             match part {
                 Part::Quantized(w) => {
                     let all: Vec<u32> = (0..rows.len() as u32).collect();
-                    self.device.dequantize(w, &all, to)?;
+                    self.device.dequantize(w, &all, 0..self.cols, to)?;
                 }
                 Part::Dense(w) => self.device.copy(w.mat(), to)?,
             }
@@ -210,7 +205,7 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
         match &self.parts[..] {
             [(_, Part::Quantized(w))] => {
                 let mut y = Tensor::empty(&self.device, [ids.len(), self.cols])?;
-                self.device.dequantize(w, ids, y.mat_mut()?)?;
+                self.device.dequantize(w, ids, 0..self.cols, y.mat_mut()?)?;
                 Ok(y)
             }
             _ => self.value()?.rows(ids),
