@@ -107,6 +107,10 @@ enum Quantize {
 fn main() -> ExitCode {
     let args = Args::parse();
     let compared = match args.device {
+        _ if args.quantize.is_some() && args.dtype == Dtype::F64 => Err(Error::Invalid {
+            op: "transformer_block",
+            reason: "--quantize rounds activations to 8 bits, which have no precision of f64".into(),
+        }),
         On::Cpu => with_element(&args, |world| Ok(world.clone())),
         On::Cuda => on_cuda(&args),
     };

@@ -143,6 +143,11 @@ fn run(args: &Args) -> Result<()> {
     if prompt.is_empty() {
         return Err(fail("the prompt has no tokens, and the tokenizer adds none"));
     }
+    if matches!(args.dtype, Dtype::F64) && model.quantized && args.precision.rounds_activations() {
+        return Err(fail(
+            "--dtype f64: activations of 8 bits have no precision of f64: add --activations exact",
+        ));
+    }
     let threads = Threads::new(args.ranks).gemm_threads(args.threads);
     let ranks = model.with_weights(|weights| {
         let task = Task { args, model: &model, weights, prompt: &prompt };

@@ -65,6 +65,9 @@ fn run(args: &Args) -> Result<()> {
     let ids = model.tokenizer.encode(text, true).map_err(|error| fail(error.to_string()))?.get_ids().to_vec();
     let windows: Vec<&[u32]> =
         ids.chunks(args.window.max(2)).filter(|ids| ids.len() > 1).take(args.windows).collect();
+    if windows.is_empty() {
+        return Err(fail("there is no window of two tokens, so no token is predicted".into()));
+    }
     let start = Instant::now();
     let sums = model.with_weights(|weights| {
         launch::threads(args.ranks, |world| {

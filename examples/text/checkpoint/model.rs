@@ -7,19 +7,23 @@ use shardwise::{
     tensor::WeightSource,
     weights::{Checkpoint, Gguf, Transposed},
 };
-use std::path::Path;
+use std::{
+    fs::{self, File},
+    io::Read,
+    path::Path,
+};
 use tokenizers::Tokenizer;
 
 enum Source {
     Folder(Checkpoint),
-    File(Gguf),
+    Gguf(Gguf),
 }
 
 impl Source {
     fn weights(&self) -> &(dyn WeightSource + Sync) {
         match self {
             Self::Folder(checkpoint) => checkpoint,
-            Self::File(gguf) => gguf,
+            Self::Gguf(gguf) => gguf,
         }
     }
 }
@@ -39,19 +43,25 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens a folder, or a file whose name ends with `.gguf`. Errors name `op`.
+    /// Opens a folder, or a GGUF file. Errors name `op`.
     ///
     /// # Errors
     /// When the model is no decoder, when it or its tokenizer cannot be read or is not known, or
     /// when the options do not fit it.
     pub fn open(op: &'static str, path: &Path, precision: Precision) -> Result<Self> {
         let fail = |reason: String| Error::Invalid { op, reason };
-        let (config, tokenizer, source) = if path.extension().is_some_and(|end| end == "gguf") {
+        if let Some(file) = only_gguf(path) {
+            return Err(fail(format!(
+                "{} has no config.json, but {file}: pass the path of that file",
+                path.display()
+            )));
+        }
+        let (config, tokenizer, source) = if is_gguf(path) {
             let gguf = Gguf::open(path)?;
             let config = ModelConfig::of_gguf(&gguf)?;
             let tokenizer = GgufTokenizer::read(&gguf).and_then(|tokenizer| tokenizer.build());
             let named = |reason| fail(format!("{}: {reason}", path.display()));
-            (config, tokenizer.map_err(named)?, Source::File(gguf))
+            (config, tokenizer.map_err(named)?, Source::Gguf(gguf))
         } else {
             let config = ModelConfig::read(path)?;
             (config, super::tokenizer(path).map_err(fail)?, Source::Folder(Checkpoint::open(path)?))
@@ -63,7 +73,7 @@ impl Model {
         let quantized = source.weights().names().is_some_and(|names| names.iter().any(has_format));
         precision.check(quantized).map_err(|reason| fail(format!("{}: {reason}", path.display())))?;
         let source = match source {
-            Source::File(gguf) => Source::File(precision.of_gguf(gguf)),
+            Source::Gguf(gguf) => Source::Gguf(precision.of_gguf(gguf)),
             folder => folder,
         };
         let quantized = precision.leaves_quantized(quantized);
@@ -83,4 +93,22 @@ impl Model {
         let source = Transposed::new(source, |name| self.transposed && is_in_block(name));
         self.precision.with_weights(&source, run)
     }
+}
+
+/// Whether a path is that of a GGUF file, by its name or its first bytes.
+fn is_gguf(path: &Path) -> bool {
+    let mut magic = [0; 4];
+    path.extension().is_some_and(|end| end == "gguf")
+        || path.is_file()
+            && File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok()
+            && magic == *b"GGUF"
+}
+
+/// Returns the name of a GGUF file in a folder without a `config.json`.
+fn only_gguf(folder: &Path) -> Option<String> {
+    let entries = fs::read_dir(folder).ok().filter(|_| !folder.join("config.json").exists())?;
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    names.sort();
+    names.into_iter().find(|name| name.ends_with(".gguf"))
 }

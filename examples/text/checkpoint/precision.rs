@@ -64,6 +64,11 @@ impl Precision {
         !self.dequantize && (quantized || self.quantize.is_some())
     }
 
+    /// Whether products with quantized weights round activations to 8 bits.
+    pub fn rounds_activations(&self) -> bool {
+        self.activations() == Activations::Int8
+    }
+
     fn activations(&self) -> Activations {
         match self.activations {
             Some(Rounding::Int8) => Activations::Int8,
