@@ -290,7 +290,7 @@ fn every_region_is_the_part_of_the_whole() {
     assert!(matches!(short, Error::Sizes { left_size: 9216, right_size: 35, .. }), "{short}");
 }
 
-/// Ranks that share the rows of q by heads read each byte once, and no other bytes.
+/// Reads by ranks that share the rows of q by heads read each byte once, and no other bytes.
 #[test]
 fn a_shard_reads_its_bytes() {
     for ranks in 1..=4 {
@@ -552,6 +552,8 @@ fn files_of_a_split_model_belong_together() {
     assert!(failure(&same).contains("tensor `t0` is there twice"));
     same.tensors.clear();
     assert!(failure(&same).contains("`split.tensors.count` is 2, but the 2 files have 1 tensors"));
+    write("whole-00001-of-00001.gguf", &File::default().tensor("t", &[1], 0, f32s(&[5.0])));
+    assert_eq!(read(&open("whole-00001-of-00001.gguf").unwrap(), "t", &Region::whole([1])).unwrap(), [5.0]);
     write("renamed.gguf", &part(0, 2, 2));
     assert!(open("renamed.gguf").unwrap_err().to_string().contains("-00001-of-00002.gguf"));
     write("alone.gguf", &part(0, 1, 1));
@@ -560,8 +562,16 @@ fn files_of_a_split_model_belong_together() {
 
 /// Returns a file with one of the models of Hugging Face, written as llama.cpp's converter does.
 fn converted(model: &str) -> (Checkpoint, DecoderConfig, File) {
-    let json: Value = serde_json::from_slice(&fs::read(data(model).join("config.json")).unwrap()).unwrap();
-    let ModelConfig::Decoder(config) = ModelConfig::read(data(model)).unwrap() else { panic!("{model}") };
+    let mut json: Value =
+        serde_json::from_slice(&fs::read(data(model).join("config.json")).unwrap()).unwrap();
+    if model == "qwen2" {
+        // GGUF has no key for Qwen2's window.
+        json["use_sliding_window"] = false.into();
+        json.as_object_mut().unwrap().remove("layer_types");
+    }
+    let ModelConfig::Decoder(config) = ModelConfig::parse(&json.to_string()).unwrap() else {
+        panic!("{model}")
+    };
     let checkpoint = Checkpoint::open(data(model)).unwrap();
     let attention = &config.block.attention;
     let key = |key: &str| format!("{model}.{key}");
@@ -695,7 +705,7 @@ fn logits(source: &dyn WeightSource, config: &DecoderConfig) -> Vec<u32> {
 /// A converted model has the configuration, the weights and the logits of the original, bit by bit.
 #[test]
 fn a_converted_model_is_the_original() {
-    for model in ["llama", "qwen3", "gpt2"] {
+    for model in ["llama", "qwen2", "qwen3", "gpt2"] {
         let (checkpoint, config, file) = converted(model);
         let (_folder, gguf) = open(&file.bytes());
         let gguf = gguf.unwrap();
@@ -959,6 +969,41 @@ fn a_transposed_source_has_no_format() {
     assert!(error.contains(up) && error.contains("quantize a `Transposed` source"), "{error}");
 }
 
+/// The source of a tied model that also stores the head.
+struct WithHead(Checkpoint);
+
+impl WithHead {
+    fn name<'a>(&self, name: &'a str) -> &'a str {
+        if name == "lm_head.weight" { "model.embed_tokens.weight" } else { name }
+    }
+}
+
+impl WeightSource for WithHead {
+    fn read(&self, name: &str, role: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
+        self.0.read(self.name(name), role, region, out)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.contains(self.name(name))
+    }
+
+    fn check(&self, name: &str, region: &Region) -> Result<()> {
+        self.0.check(self.name(name), region)
+    }
+}
+
+/// The numbers before the quantization are compared: rounded ones differ from the stored head.
+#[test]
+fn a_tied_model_with_an_equal_head_is_quantized_at_load() {
+    let ModelConfig::Decoder(mut config) = ModelConfig::read(data("llama")).unwrap() else { panic!() };
+    config.tied = true;
+    let source = WithHead(Checkpoint::open(data("llama")).unwrap());
+    let quantized = Quantization::new(&source, Format::Q4_1).unwrap();
+    let alone = Group::solo(&Cpu::new());
+    let model = Decoder::<Replicated, f32, _>::load(&alone, &quantized, &config).unwrap();
+    assert!(model.params()[0].is_quantized());
+}
+
 /// GPT-2's matrices are transposed before they are quantized. The other way round is refused.
 #[test]
 fn gpt2_is_quantized_at_load() {
@@ -980,6 +1025,44 @@ fn gpt2_is_quantized_at_load() {
         let is_matrix = param.regions()[0].region.shape().dims().len() == 2;
         assert_eq!(param.is_quantized(), is_matrix, "{}", param.name());
     }
+}
+
+/// Lengths that a file claims, also of a sparse file, take neither memory nor time.
+#[test]
+fn lengths_are_limited() {
+    let (folder, long) = (tempdir().unwrap(), 1_u64 << 30);
+    let refused = |file: File| {
+        let path = folder.path().join("sparse.gguf");
+        fs::write(&path, file.bytes()).unwrap();
+        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(2 * long).unwrap();
+        Gguf::open(&path).unwrap_err().to_string()
+    };
+    let claims = |kind: u32| [&kind.to_le_bytes()[..], &(long / 8).to_le_bytes()].concat();
+    let text = refused(File::default().value("general.architecture", 8, long.to_le_bytes()));
+    assert!(text.contains("at most 16777216 are allowed"), "{text}");
+    let texts = refused(File::default().value("texts", 9, claims(8)));
+    assert!(texts.contains("at most 4194304 are read"), "{texts}");
+    let heads = File::default().string("general.architecture", "llama");
+    let heads = refused(heads.value("llama.attention.head_count", 9, claims(0)));
+    assert!(heads.contains("at most 65536 are read"), "{heads}");
+    // A bias in blocks cannot be brought into another order of rows.
+    let bias = File::default()
+        .string("general.architecture", "llama")
+        .u32("llama.attention.head_count", 1)
+        .tensor("blk.0.attn_q.bias", &[64], 8, vec![0; 68]);
+    assert!(self::refused(&bias.bytes()).contains("its blocks have several rows"));
+}
+
+/// A type that cannot be read is found before any tensor is.
+#[test]
+fn unknown_types_are_refused_by_the_configuration() {
+    let (_, _, mut file) = converted("llama");
+    file.tensors.last_mut().unwrap().2 = 99;
+    let (_folder, gguf) = open(&file.bytes());
+    let gguf = gguf.unwrap();
+    let error = ModelConfig::of_gguf(&gguf).unwrap_err();
+    assert!(matches!(error, Error::TensorElement { .. }), "{error}");
+    assert_eq!(gguf.bytes_read(), 0);
 }
 
 /// Damaged headers give an error or a file whose tensors and metadata can be looked at. The number

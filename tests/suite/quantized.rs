@@ -308,11 +308,13 @@ proptest! {
         let want = reference::linear(&x, &w, None);
         let got = row::<f32>(&source, &x, (outputs, 1), world, reduction);
         let limit = bound(&x, &w);
+        prop_assert_eq!(got.len(), want.len());
         for ((got, want), limit) in got.iter().zip(&want).zip(&limit) {
             let error = (f64::from_bits(*got) - want).abs();
             prop_assert!(error <= *limit, "{format}: {error} > {limit}");
         }
         let got = column::<f32>(&source, &x, outputs, world, reduction).concat();
+        prop_assert_eq!(got.len(), want.len());
         for ((got, want), limit) in got.iter().zip(&want).zip(&limit) {
             let error = (f64::from_bits(*got) - want).abs();
             prop_assert!(error <= *limit, "{format}: {error} > {limit}");
@@ -585,7 +587,7 @@ fn what_cannot_be_computed_is_an_error() {
         assert!(matches!(error, Error::Sizes { .. }) && error.to_string().contains(what), "{error}");
     }
     let mut y = Tensor::<f32>::zeros(&cpu, [1, 32]).unwrap();
-    let error = cpu.dequantize(&w, &[8], y.mat_mut().unwrap()).unwrap_err().to_string();
+    let error = cpu.dequantize(&w, &[8], 0..32, y.mat_mut().unwrap()).unwrap_err().to_string();
     assert!(error.contains("row 8") && error.contains("8 rows"), "{error}");
     // The memory of a matrix is given back.
     drop((w, y));
