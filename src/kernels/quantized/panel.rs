@@ -266,8 +266,9 @@ impl Panels {
         }
     }
 
-    /// Passes the weights of some columns of a row to `visit` in order: the range of their positions
-    /// among these columns, and their values. Columns count from the first that the panels have.
+    /// Passes the weights of some columns of a row to `visit` in order: the range of their
+    /// positions among these columns, and their values. Columns count from the first that the
+    /// panels have.
     #[inline(always)]
     pub(super) fn row(
         &self,
