@@ -191,7 +191,7 @@ mod tests {
     use crate::{kernels::Format, rng::Philox};
 
     /// Random blocks whose f16 numbers are finite.
-    pub(super) fn random_blocks(format: Format, count: usize, seed: u64) -> Vec<u8> {
+    fn random_blocks(format: Format, count: usize, seed: u64) -> Vec<u8> {
         let random = Philox::stream(seed, 0);
         let mut blocks: Vec<u8> =
             (0..count * format.bytes()).map(|at| (random.uniform(at as u64) * 256.0) as u8).collect();

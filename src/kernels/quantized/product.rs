@@ -102,7 +102,11 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Product<'_, L, F> {
     #[inline(always)]
     fn tile<const N: usize>(&mut self, layout: Layout, at: usize, first: usize) {
         let (lanes, panel) = (self.lanes, self.weights.panel(at));
-        let rows: [&[XChunk]; N] = std::array::from_fn(|token| self.x.row(first + token));
+        // Loops, because `array::from_fn` is a call in builds without link-time optimization.
+        let mut rows = [self.x.row(first); N];
+        for (token, row) in rows.iter_mut().enumerate() {
+            *row = self.x.row(first + token);
+        }
         let mut sums = [lanes.float(0.0); N];
         for (index, chunk) in self.x.chunks.clone().enumerate() {
             let lines = (chunk - panel.first_chunk) * layout.lines();
@@ -119,7 +123,10 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Product<'_, L, F> {
             if layout.factors == 1 {
                 scale = lanes.multiply(scale, lanes.to_floats(lanes.widen(factor(0))));
             }
-            let x: [&XChunk; N] = std::array::from_fn(|token| &rows[token][index]);
+            let mut x = [&rows[0][index]; N];
+            for (x, row) in x.iter_mut().zip(rows) {
+                *x = &row[index];
+            }
             let mut dots = [[lanes.int(0); N]; 2];
             let offset = if layout.bits == 8 && L::BYTES_ARE_SIGNED { 0 } else { -layout.offset };
             for token in 0..N {
