@@ -5,12 +5,12 @@ use super::{
     header::{self, Entry},
     index,
     layout::{Location, locate},
-    region::{Items, runs},
+    region::{Items, check_elements, runs},
     stored::decode_as,
 };
 use crate::{
     device::{AnyMut, Cpu, DType, each_dtype},
-    error::{Error, Result, same_size},
+    error::{Error, Result},
     tensor::{Region, Role, WeightSource, missing},
 };
 use std::{
@@ -209,13 +209,7 @@ impl WeightSource for Checkpoint {
     fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
         self.check(name, region)?;
         let ((file, entry), dtype) = (self.entry(name)?, self.dtype(name)?);
-        same_size(
-            "weights",
-            "the elements of the region",
-            region.extent().len(),
-            "the elements to fill",
-            out.len(),
-        )?;
+        check_elements(region.extent().len(), out.len())?;
         let items = Items { file, start: entry.start, size: dtype.size(), bytes_read: &self.bytes_read };
         each_dtype!(AnyMut, out, out => items.read(runs(region), |to, bytes| {
             let to = &mut out[to..to + bytes.len() / dtype.size()];

@@ -1,8 +1,9 @@
 //! A source that quantizes the matrices of another source.
 
+use super::region::check_bytes;
 use crate::{
     device::{AnyMut, Cpu, zeroed},
-    error::{Error, Result, same_size},
+    error::{Error, Result},
     kernels::{Activations, Format},
     tensor::{Region, Role, WeightSource},
 };
@@ -142,13 +143,7 @@ impl<S: WeightSource + ?Sized, F: Fn(&str) -> bool> WeightSource for Quantizatio
         };
         let (blocks, size) = (self.format.blocks(columns.clone()), self.format.bytes());
         let row_bytes = blocks.len().saturating_mul(size);
-        same_size(
-            "weights",
-            "the bytes of the region's blocks",
-            rows.len().saturating_mul(row_bytes),
-            "the bytes to fill",
-            out.len(),
-        )?;
+        check_bytes(rows.len().saturating_mul(row_bytes), out.len())?;
         if out.is_empty() {
             return Ok(());
         }

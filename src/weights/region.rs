@@ -1,7 +1,10 @@
 //! Reads runs of items of a tensor: elements, or blocks of quantized weights.
 
 use super::file::DataFile;
-use crate::{error::Result, tensor::Region};
+use crate::{
+    error::{Result, same_size},
+    tensor::Region,
+};
 use std::{
     ops::Range,
     sync::atomic::{AtomicU64, Ordering},
@@ -83,4 +86,14 @@ impl Items<'_> {
         }
         Ok(())
     }
+}
+
+/// Checks that there is room for the elements of a region.
+pub(super) fn check_elements(needed: usize, given: usize) -> Result<()> {
+    same_size("weights", "the elements of the region", needed, "the elements to fill", given)
+}
+
+/// Checks that there is room for the blocks of a region.
+pub(super) fn check_bytes(needed: usize, given: usize) -> Result<()> {
+    same_size("weights", "the bytes of the region's blocks", needed, "the bytes to fill", given)
 }

@@ -1,8 +1,9 @@
 //! A source whose matrices are stored transposed.
 
+use super::region::check_elements;
 use crate::{
     device::{AnyMut, Cpu, Element, each_dtype, zeroed},
-    error::{Error, Result, same_size},
+    error::{Error, Result},
     kernels::{Activations, Format},
     tensor::{Region, Role, WeightSource},
 };
@@ -46,7 +47,7 @@ impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Transposed<'a, S, F> {
         out: &mut [T],
     ) -> Result<()> {
         let len = rows.len().saturating_mul(cols.len());
-        same_size("weights", "the elements of the region", len, "the elements to fill", out.len())?;
+        check_elements(len, out.len())?;
         let mut stored = zeroed::<T>(len)?;
         let region = Region::whole([width, height]).narrow(0, cols.clone()).narrow(1, rows.clone());
         self.source.read(name, role, &region, T::any_mut(stored.as_mut_slice()))?;

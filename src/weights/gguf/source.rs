@@ -1,7 +1,7 @@
 //! Reads the tensors of GGUF files.
 
 use super::super::{
-    region::{Items, Run, runs},
+    region::{Items, Run, check_bytes, check_elements, runs},
     stored::{convert, decode_as},
 };
 use super::{
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     device::{AnyMut, Cpu, Element, each_dtype},
-    error::{Error, Result, same_size},
+    error::{Error, Result},
     kernels::{Activations, Format},
     tensor::{Region, Role, WeightSource},
 };
@@ -139,13 +139,7 @@ impl WeightSource for Gguf {
     /// [`Error::Checkpoint`] when the scale of a block is not finite.
     fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
         let of = self.tensor_of(name, region)?;
-        same_size(
-            "weights",
-            "the elements of the region",
-            region.extent().len(),
-            "the elements to fill",
-            out.len(),
-        )?;
+        check_elements(region.extent().len(), out.len())?;
         each_dtype!(AnyMut, out, out => self.read_as(name, of, region, out))
     }
 
@@ -178,13 +172,7 @@ impl WeightSource for Gguf {
             ));
         };
         let (size, blocks) = (format.bytes(), grid(region, format).extent().len());
-        same_size(
-            "weights",
-            "the bytes of the region's blocks",
-            blocks.saturating_mul(size),
-            "the bytes to fill",
-            out.len(),
-        )?;
+        check_bytes(blocks.saturating_mul(size), out.len())?;
         self.each_block((name, tensor, format), region, |at, block| {
             out[at * size..(at + 1) * size].copy_from_slice(block);
         })
