@@ -1,4 +1,5 @@
-//! Any bytes as a GGUF file: an error or a file whose metadata, tensors and configuration can be looked at, never a panic.
+//! Any bytes as a GGUF file: an error, or a file whose metadata, tensors and configuration can be
+//! read. Never a panic.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -22,7 +23,8 @@ fuzz_target!(|bytes: &[u8]| {
         if gguf.check(name, &region).is_err() {
             continue;
         }
-        // What is there can be read: a block has at most two weights for each byte. A scale that is not finite is an error.
+        // The file holds the tensor: a block has at most two weights for each byte. Reading fails
+        // only if a scale is not finite.
         let mut all = vec![0.0_f32; region.extent().len()];
         assert!(all.len() <= 2 * bytes.len());
         _ = gguf.read(name, Role::Weight, &region, AnyMut::F32(all.as_mut_slice()));
