@@ -298,6 +298,10 @@ fn load_alone(args: &Args, ranks: usize) -> Result<(f64, usize, Option<u64>)> {
         Ok((start.elapsed().as_secs_f64(), world.device().memory().live))
     })?;
     let peak = before.zip(status("VmHWM:")).map(|(before, peak)| peak.saturating_sub(before));
+    if cfg!(target_os = "linux") && peak.is_none() {
+        let reason = "/proc/self/status has no VmRSS or VmHWM, so the peak of loading cannot be checked";
+        return Err(bad(reason.into()));
+    }
     Ok((loaded[0].0, loaded.iter().map(|(_, live)| live).sum(), peak))
 }
 
