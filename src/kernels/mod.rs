@@ -44,7 +44,7 @@ pub(crate) use loss::check_targets;
 pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};
 pub use pointwise::{Activation, Pointwise};
-pub use quantized::{Activations, Format, Quantized, QuantizedShape, ReadBlocks};
+pub use quantized::{Activations, ColumnGroups, Format, GroupSize, Quantized, QuantizedShape, ReadBlocks};
 pub use rope::{Rope, RopePairs, RopeSpec};
 pub use update::{AdamWStep, SgdStep, Update};
 pub use view::{MatMut, MatRef};

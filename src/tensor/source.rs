@@ -6,7 +6,7 @@
 use crate::{
     device::{AnyMut, Cpu, Element, each_dtype},
     error::{Error, Result, same_size},
-    kernels::{Activations, Format},
+    kernels::{Activations, ColumnGroups, Format},
     rng::Philox,
     shard::Shape,
 };
@@ -154,6 +154,18 @@ pub trait WeightSource {
     fn read_blocks(&self, name: &str, region: &Region, out: &mut [u8]) -> Result<()> {
         let _ = (region, out);
         Err(Error::internal("weights", format!("`{name}` has no format")))
+    }
+
+    /// Returns the groups of these columns of a tensor with a format, if groups are not consecutive
+    /// columns. [`WeightSource::read_blocks`] then fills [`QuantizedShape::row_bytes`] for each row.
+    ///
+    /// [`QuantizedShape::row_bytes`]: crate::kernels::QuantizedShape::row_bytes
+    ///
+    /// # Errors
+    /// When the groups cannot be read.
+    fn column_groups(&self, name: &str, columns: Range<usize>) -> Result<Option<ColumnGroups>> {
+        let _ = (name, columns);
+        Ok(None)
     }
 
     /// Returns how products with quantized weights of this source treat their other factor.

@@ -4,7 +4,7 @@ use super::region::check_elements;
 use crate::{
     device::{AnyMut, Cpu, Element, each_dtype, zeroed},
     error::{Error, Result},
-    kernels::{Activations, Format},
+    kernels::{Activations, ColumnGroups, Format},
     tensor::{Region, Role, WeightSource},
 };
 use std::ops::Range;
@@ -110,6 +110,10 @@ impl<S: WeightSource + ?Sized, F: Fn(&str) -> bool> WeightSource for Transposed<
             return Err(Error::internal("weights", format!("`{name}` is transposed, so it has no format")));
         }
         self.source.read_blocks(name, region, out)
+    }
+
+    fn column_groups(&self, name: &str, columns: Range<usize>) -> Result<Option<ColumnGroups>> {
+        self.source.column_groups(name, columns)
     }
 
     fn activations(&self) -> Activations {

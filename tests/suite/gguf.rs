@@ -162,6 +162,18 @@ fn f32s(numbers: &[f32]) -> Vec<u8> {
 }
 
 /// A file of ggml's results.
+/// The formats of ggml.
+const GGML: [Format; 8] = [
+    Format::Q4_0,
+    Format::Q4_1,
+    Format::Q5_0,
+    Format::Q5_1,
+    Format::Q8_0,
+    Format::Q4K,
+    Format::Q5K,
+    Format::Q6K,
+];
+
 fn oracle(name: &str) -> BTreeMap<String, (Vec<usize>, Vec<u8>)> {
     let bytes = fs::read(data("gguf").join(name)).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -175,8 +187,8 @@ fn numbers(bytes: &[u8]) -> Vec<f32> {
 #[test]
 fn every_format_decodes_to_ggmls_bits() {
     let oracle = oracle("decode.safetensors");
-    assert_eq!(oracle.len(), 2 * Format::ALL.len());
-    for format in Format::ALL {
+    assert_eq!(oracle.len(), 2 * GGML.len());
+    for format in GGML {
         let (shape, blocks) = &oracle[&format!("{format}.blocks")];
         assert_eq!(shape[1], format.bytes(), "{format}");
         let want = numbers(&oracle[&format!("{format}.weights")].1);

@@ -12,7 +12,7 @@ use shardwise::{
     Error, Result, Tensor,
     comm::Group,
     device::{AnyMut, Cpu, Device, Element, Meta},
-    kernels::{Activations, Backend, Format, Quantized, QuantizedShape},
+    kernels::{Activations, Backend, ColumnGroups, Format, GroupSize, Quantized, QuantizedShape},
     launch::Threads,
     models::{Decoder, ModelConfig},
     optim::{AdamW, AdamWConfig, grad_norm},
@@ -33,6 +33,8 @@ use std::{collections::BTreeMap, ops::Range};
 #[derive(Default)]
 pub(crate) struct Blocks {
     matrices: BTreeMap<String, (Format, [usize; 2], Vec<u8>)>,
+    /// The group of each column of some matrices. Block i of a row has the scale of group i.
+    orders: BTreeMap<String, Vec<u32>>,
     dense: Arrays,
     activations: Activations,
 }
@@ -47,9 +49,18 @@ impl Blocks {
         let halves: &[usize] = match format {
             Format::Q6K => &[208],
             Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => &[0],
+            Format::Int4(_) | Format::Int8(_) | Format::Fp8(_) => &[],
             _ => &[0, 2],
         };
         for (number, block) in bytes.chunks_exact_mut(format.bytes()).enumerate() {
+            if halves.is_empty() {
+                let scale = 0.1 * random.normal((1 << 40) + number as u64) as f32;
+                block[..4].copy_from_slice(&scale.to_le_bytes());
+            }
+            if let Format::Fp8(_) = format {
+                // NaN becomes the largest number.
+                block[4..].iter_mut().filter(|code| **code & 0x7f == 0x7f).for_each(|code| *code -= 1);
+            }
             for &at in halves {
                 let scale = f16::from_f64(0.1 * random.normal((1 << 40) + number as u64));
                 block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
@@ -57,6 +68,18 @@ impl Blocks {
         }
         self.matrices.insert(name.into(), (format, [rows, cols], bytes));
         self
+    }
+
+    /// Adds a matrix with groups of 32 random columns.
+    fn with_order(self, name: &str, format: Format, [rows, cols]: [usize; 2]) -> Self {
+        let random = Philox::named(5, name);
+        let mut columns: Vec<usize> = (0..cols).collect();
+        columns.sort_by(|a, b| random.uniform(*a as u64).total_cmp(&random.uniform(*b as u64)));
+        let mut order = vec![0; cols];
+        columns.iter().enumerate().for_each(|(at, column)| order[*column] = at as u32 / 32);
+        let mut blocks = self.with(name, format, [rows, cols]);
+        blocks.orders.insert(name.into(), order);
+        blocks
     }
 
     fn with_dense(mut self, name: &str, shape: &[usize]) -> Self {
@@ -79,6 +102,20 @@ impl Blocks {
         let Some((format, [rows, cols], bytes)) = self.matrices.get(name) else {
             return self.dense.0[name].clone().into_dimensionality().unwrap();
         };
+        if let Some(order) = self.orders.get(name) {
+            let size = format.bytes();
+            return Array2::from_shape_fn((*rows, *cols), |(row, column)| {
+                let row = &bytes[row * cols / 32 * size..];
+                let of_group = &row[order[column] as usize * size..][..5];
+                let byte = |at: usize| row[column / 32 * size + 5 + at];
+                let code = match format {
+                    Format::Int8(_) => byte(column % 32),
+                    _ => byte(column % 16) >> (column % 32 / 16 * 4) & 15,
+                };
+                let scale = f32::from_le_bytes(of_group[..4].try_into().unwrap());
+                f64::from(scale * (f32::from(code) - f32::from(of_group[4])))
+            });
+        }
         let mut values = vec![0.0; format.weights()];
         let mut all = Vec::new();
         for row in bytes.chunks_exact(format.blocks(0..*cols).len() * format.bytes()) {
@@ -114,10 +151,25 @@ impl WeightSource for Blocks {
         let row_bytes = format.blocks(0..*cols).len() * format.bytes();
         let [rows, columns] = [0, 1].map(|dim| region.ranges()[dim].clone());
         let blocks = format.blocks(columns);
+        if self.orders.contains_key(name) {
+            let mut read = Vec::new();
+            for row in rows {
+                let row = bytes[row * row_bytes..][..row_bytes].chunks_exact(format.bytes());
+                row.clone().for_each(|block| read.extend(&block[..5]));
+                row.skip(blocks.start).take(blocks.len()).for_each(|block| read.extend(&block[5..]));
+            }
+            out.copy_from_slice(&read);
+            return Ok(());
+        }
         let of_row = blocks.start * format.bytes()..blocks.end * format.bytes();
         let read: Vec<u8> = rows.flat_map(|row| &bytes[row * row_bytes..][of_row.clone()]).copied().collect();
         out.copy_from_slice(&read);
         Ok(())
+    }
+
+    fn column_groups(&self, name: &str, columns: Range<usize>) -> Result<Option<ColumnGroups>> {
+        let Some(order) = self.orders.get(name) else { return Ok(None) };
+        Ok(Some(ColumnGroups { groups: order.len() / 32, of: order[columns].into() }))
     }
 
     fn activations(&self) -> Activations {
@@ -127,7 +179,7 @@ impl WeightSource for Blocks {
 
 /// The sizes of a matrix of this format whose columns have blocks that cuts divide.
 fn cols(format: Format) -> usize {
-    if format.weights() == 32 { 9 * 64 } else { 12 * 64 }
+    if format.weights() == 256 { 12 * 64 } else { 9 * 64 + format.weights() - 32 }
 }
 
 fn run<R: Send>(world: usize, reduction: Reduction, f: impl Fn(&Group<Dev>) -> Result<R> + Sync) -> Vec<R> {
@@ -219,6 +271,33 @@ fn every_format_has_the_same_bits_on_1_to_8_ranks() {
     }
 }
 
+/// Groups of columns in any order, as GPTQ's `desc_act` has them: a cut of columns divides every
+/// group.
+#[test]
+fn groups_in_any_order_have_the_same_bits_on_1_to_8_ranks() {
+    for format in [Format::Int4(GroupSize::G32), Format::Int8(GroupSize::G32)] {
+        let (outputs, inputs) = (37, 9 * 64);
+        let source = Blocks::default().with_order("weight", format, [outputs, inputs]);
+        let (x, w) = (matrix(1, "x", 3, inputs), source.matrix("weight"));
+        let want = reference::linear(&x, &w, None);
+        let column_want = column::<f32>(&source, &x, outputs, 1, Reduction::Fast);
+        let row_want = row::<f32>(&source, &x, (outputs, 1), 1, BLOCKS);
+        [&column_want.concat(), &row_want].into_iter().for_each(|bits| finite(bits));
+        for world in 2..=8 {
+            assert_eq!(column::<f32>(&source, &x, outputs, world, BLOCKS), column_want, "{format} {world}");
+            assert_eq!(row::<f32>(&source, &x, (outputs, 1), world, BLOCKS), row_want, "{format} {world}");
+        }
+        for world in [1, 3, 8] {
+            let got = row::<f64>(&source, &x, (outputs, 1), world, Reduction::Fast);
+            assert_eq!(got.len(), want.len());
+            for (got, want) in got.iter().zip(&want) {
+                let error = (f64::from_bits(*got) - want).abs();
+                assert!(error <= 1e-12 * want.abs().max(10.0), "{format} on {world}: {error}");
+            }
+        }
+    }
+}
+
 /// The widths that peers refuse: 231 and 86 groups on 2, 4 and 8 ranks, 90 blocks on 4 and 8.
 #[test]
 fn uneven_widths_have_the_same_bits() {
@@ -226,6 +305,7 @@ fn uneven_widths_have_the_same_bits() {
         (231, [Format::Q4_0, Format::Q8_0]),
         (90, [Format::Q4_1, Format::Q5_0]),
         (86, [Format::Q5_1, Format::Q4K]),
+        (231, [Format::Int4(GroupSize::G128), Format::Fp8(GroupSize::G128)]),
     ] {
         for format in formats {
             let (outputs, inputs) = (5, groups * format.weights());
@@ -245,7 +325,8 @@ fn uneven_widths_have_the_same_bits() {
 #[test]
 fn one_row_and_many_rows_have_the_same_bits() {
     let threads = |count| Threads::new(1).gemm_threads(std::num::NonZeroUsize::new(count).unwrap());
-    for format in Format::ALL {
+    // FP8 weights are multiplied as dense ones are.
+    for format in Format::ALL.into_iter().filter(|format| !matches!(format, Format::Fp8(_))) {
         let (outputs, inputs, rows) = (50, cols(format), 513);
         let source = Blocks::default().with("weight", format, [outputs, inputs]);
         let x = matrix(1, "x", rows, inputs);
@@ -294,7 +375,7 @@ proptest! {
     /// backward. With activations of 8 bits the error is within its bound.
     #[test]
     fn layers_compute_with_the_dequantized_weights(
-        (format, world, tokens) in (0..8usize, 1..=8usize, 1..12usize),
+        (format, world, tokens) in (0..Format::ALL.len(), 1..=8usize, 1..12usize),
         (outputs, more) in (1..60usize, 1..4usize),
         invariant: bool,
         seed: u64,
@@ -561,7 +642,7 @@ fn what_cannot_be_computed_is_an_error() {
     };
     let error = load(64).unwrap_err().to_string();
     assert!(error.contains("`weight`") && error.contains("Activations::Exact"), "{error}");
-    let shape = QuantizedShape { format: Format::Q4_0, rows: 8, columns: 32..64 };
+    let shape = QuantizedShape { format: Format::Q4_0, rows: 8, columns: 32..64, order: None };
     let region = Region::whole([8, 64]).narrow(1, 32..64);
     let cpu = Cpu::new();
     let mut read = |rows: Range<usize>, out: &mut [u8]| {

@@ -195,6 +195,13 @@ mod tests {
         let random = Philox::stream(seed, 0);
         let mut blocks: Vec<u8> =
             (0..count * format.bytes()).map(|at| (random.uniform(at as u64) * 256.0) as u8).collect();
+        if format.is_wide() {
+            for (at, block) in blocks.chunks_exact_mut(format.bytes()).enumerate() {
+                let scale = random.uniform((1 << 40) + at as u64) as f32 - 0.5;
+                block[..4].copy_from_slice(&scale.to_le_bytes());
+            }
+            return blocks;
+        }
         let halves: &[usize] = match format {
             Format::Q4_0 | Format::Q5_0 | Format::Q8_0 => &[0],
             Format::Q6K => &[208],
@@ -209,9 +216,9 @@ mod tests {
 
     #[test]
     fn all_instructions_give_the_same_bits() {
-        for format in Format::ALL {
+        for format in Format::ALL.into_iter().filter(|format| format.is_integer()) {
             let columns = 5..5 + 2 * format.weights() + 9;
-            let shape = QuantizedShape { format, rows: 37, columns: columns.clone() };
+            let shape = QuantizedShape { format, rows: 37, columns: columns.clone(), order: None };
             let blocks = random_blocks(format, 37 * shape.blocks().len(), 3);
             let row_bytes = shape.blocks().len() * format.bytes();
             let weights = Panels::load(shape, &mut |rows, out| {

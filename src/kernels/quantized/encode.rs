@@ -88,6 +88,9 @@ impl Format {
 
     /// Whether the scales of a block are finite.
     pub(crate) fn is_finite(self, block: &[u8]) -> bool {
+        if self.is_wide() {
+            return f32::from_le_bytes([block[0], block[1], block[2], block[3]]).is_finite();
+        }
         let at = if self == Self::Q6K { 208 } else { 0 };
         let finite = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).is_finite();
         finite(at) && (!self.has_minimum() || finite(at + 2))

@@ -7,7 +7,7 @@ use std::{fmt, ops::Range};
 /// start at multiples of this number.
 pub(crate) const CHUNK: usize = 32;
 
-/// The format of a quantized matrix, as ggml defines it. A row is a sequence of blocks.
+/// The format of a quantized matrix. A row is a sequence of blocks of consecutive weights.
 ///
 /// | format | bytes / weights | value of a weight with code q |
 /// |---|---|---|
@@ -19,10 +19,17 @@ pub(crate) const CHUNK: usize = 32;
 /// | `Q4K` | 144 / 256 | d s q − dₘ m, with s and m for each 32 weights |
 /// | `Q5K` | 176 / 256 | d s q − dₘ m, with s and m for each 32 weights |
 /// | `Q6K` | 210 / 256 | d s (q − 32), with s for each 16 weights |
+/// | `Int4(g)` | (5 + g / 2) / g | d (q − z) |
+/// | `Int8(g)` | (5 + g) / g | d (q − z) |
+/// | `Fp8(g)` | (4 + g) / g | d q, with q in e4m3 |
 ///
-/// d, m and dₘ are f16, and the value is computed in f32.
+/// The value is computed in f32. The formats with `Q` are those of ggml: d, m and dₘ are f16. A
+/// block of the others has d as f32, then the zero point z as an unsigned byte, then the codes,
+/// those of 4 bits in the order of `Q4_0`. A checkpoint whose scales belong to more columns, or to
+/// several rows, repeats them in each block.
 ///
-/// Source: `ggml-common.h` and `dequantize_row_*` of ggml.
+/// Source: `ggml-common.h` and `dequantize_row_*` of ggml; e4m3 is `E4M3` of the Open Compute
+/// Project's OFP8: no infinities, and NaN is 0x7f and 0xff.
 ///
 /// ```
 /// use shardwise::kernels::Format;
@@ -54,18 +61,62 @@ pub enum Format {
     Q5K,
     /// 6 bits, scale of 8 bits for 16 weights.
     Q6K,
+    /// 4 bits, scale and zero point for a group.
+    Int4(GroupSize),
+    /// 8 bits, scale and zero point for a group.
+    Int8(GroupSize),
+    /// 8-bit floating point (e4m3), scale for a group.
+    Fp8(GroupSize),
+}
+
+/// The number of weights that share a scale in [`Format::Int4`], [`Format::Int8`] and
+/// [`Format::Fp8`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum GroupSize {
+    /// 32 weights.
+    G32 = 32,
+    /// 64 weights.
+    G64 = 64,
+    /// 128 weights.
+    G128 = 128,
+}
+
+impl GroupSize {
+    /// Returns the longest group that divides a tile of so many columns. Returns `None` if no group
+    /// does, because the columns are not a multiple of 32.
+    pub fn dividing(columns: usize) -> Option<Self> {
+        [Self::G128, Self::G64, Self::G32].into_iter().find(|group| columns.is_multiple_of(*group as usize))
+    }
 }
 
 impl Format {
     /// All formats.
-    pub const ALL: [Self; 8] =
-        [Self::Q4_0, Self::Q4_1, Self::Q5_0, Self::Q5_1, Self::Q8_0, Self::Q4K, Self::Q5K, Self::Q6K];
+    pub const ALL: [Self; 17] = [
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::Int4(GroupSize::G32),
+        Self::Int4(GroupSize::G64),
+        Self::Int4(GroupSize::G128),
+        Self::Int8(GroupSize::G32),
+        Self::Int8(GroupSize::G64),
+        Self::Int8(GroupSize::G128),
+        Self::Fp8(GroupSize::G32),
+        Self::Fp8(GroupSize::G64),
+        Self::Fp8(GroupSize::G128),
+    ];
 
     /// The number of weights of a block.
     pub const fn weights(self) -> usize {
         match self {
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => CHUNK,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
+            Self::Int4(group) | Self::Int8(group) | Self::Fp8(group) => group as usize,
         }
     }
 
@@ -80,7 +131,25 @@ impl Format {
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
+            Self::Int4(group) => 5 + group as usize / 2,
+            Self::Int8(group) => 5 + group as usize,
+            Self::Fp8(group) => 4 + group as usize,
         }
+    }
+
+    /// The bytes before the codes of a block of `Int4`, `Int8` and `Fp8`.
+    pub(crate) const fn scale_bytes(self) -> usize {
+        if self.is_integer() { 5 } else { 4 }
+    }
+
+    /// Whether scales are f32.
+    pub(super) const fn is_wide(self) -> bool {
+        matches!(self, Self::Int4(_) | Self::Int8(_) | Self::Fp8(_))
+    }
+
+    /// Whether codes are integers, so that a product with integers is exact.
+    pub(crate) const fn is_integer(self) -> bool {
+        !matches!(self, Self::Fp8(_))
     }
 
     /// Returns the numbers of the blocks of a row that hold these columns.
@@ -118,6 +187,7 @@ impl Format {
         let fifth = |from: usize, bit: usize| (block[from + bit / 8] >> (bit % 8) & 1) << 4;
         // Byte i has the low bits of the weights i and i + 16.
         let nibble = |from: usize, column: usize| block[from + column % 16] >> (4 * (column / 16)) & 15;
+        let wide = || f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
         match self {
             Self::Q4_0 => Chunk::new(codes(|column| nibble(2, column)), 8, half(0)),
             Self::Q4_1 => {
@@ -153,6 +223,18 @@ impl Format {
                 let scales = [0, 1].map(|part| block[192 + of * 8 + quarter * 2 + part] as i8);
                 Chunk { factors: Some(scales), ..Chunk::new(codes, 32, half(208)) }
             }
+            Self::Int4(_) => {
+                let codes = codes(|column| nibble(5 + at * CHUNK / 2, column));
+                Chunk::wide(codes, block[4].into(), wide())
+            }
+            Self::Int8(_) => {
+                let codes = codes(|column| block[5 + at * CHUNK + column]);
+                Chunk::wide(codes, block[4].into(), wide())
+            }
+            Self::Fp8(_) => {
+                let codes = codes(|column| block[4 + at * CHUNK + column]);
+                Chunk { is_float: true, ..Chunk::wide(codes, 0, wide()) }
+            }
         }
     }
 }
@@ -160,6 +242,9 @@ impl Format {
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Int4(group) => return write!(f, "int4 in groups of {}", *group as usize),
+            Self::Int8(group) => return write!(f, "int8 in groups of {}", *group as usize),
+            Self::Fp8(group) => return write!(f, "FP8 in groups of {}", *group as usize),
             Self::Q4_0 => "Q4_0",
             Self::Q4_1 => "Q4_1",
             Self::Q5_0 => "Q5_0",
@@ -176,9 +261,11 @@ impl fmt::Display for Format {
 /// half. With a factor g of m, −m · g stands for m.
 pub(super) struct Chunk {
     pub(super) codes: [u8; CHUNK],
+    /// Whether codes are floating-point numbers (e4m3).
+    pub(super) is_float: bool,
     pub(super) offset: i32,
     /// The scale d of the block.
-    pub(super) d: f16,
+    pub(super) d: f32,
     /// The minimum m of the block, if the format has minima.
     pub(super) m: Option<f16>,
     /// Factors of d for each half of the chunk.
@@ -189,20 +276,25 @@ pub(super) struct Chunk {
 
 impl Chunk {
     fn new(codes: [u8; CHUNK], offset: i32, d: f16) -> Self {
-        Self { codes, offset, d, m: None, factors: None, minimum_factor: None }
+        Self::wide(codes, offset, d.to_f32())
+    }
+
+    pub(super) fn wide(codes: [u8; CHUNK], offset: i32, d: f32) -> Self {
+        Self { codes, is_float: false, offset, d, m: None, factors: None, minimum_factor: None }
     }
 
     /// Returns the weights.
     #[inline(always)]
     pub(super) fn values(&self) -> [f32; CHUNK] {
         // Loops, because `array::map` is not inlined into code for AVX2.
-        let (d, m) = (self.d.to_f32(), self.m.map(f16::to_f32));
+        let (d, m) = (self.d, self.m.map(f16::to_f32));
         let [left, right] = self.factors.unwrap_or([1; 2]);
         let (left, right) = (d * f32::from(left), d * f32::from(right));
         let mut values = [0.0; CHUNK];
         for (column, (value, code)) in values.iter_mut().zip(&self.codes).enumerate() {
             let scale = if column < CHUNK / 2 { left } else { right };
-            *value = scale * (i32::from(*code) - self.offset) as f32;
+            let number = if self.is_float { e4m3(*code) } else { (i32::from(*code) - self.offset) as f32 };
+            *value = scale * number;
         }
         if let Some(m) = m {
             let minimum = self.minimum_factor.map_or(m, |factor| -(m * f32::from(factor)));
@@ -210,6 +302,21 @@ impl Chunk {
         }
         values
     }
+}
+
+/// Returns the number of a code in e4m3: 4 bits of exponent with bias 7, and 3 bits of fraction.
+#[inline(always)]
+pub(super) fn e4m3(code: u8) -> f32 {
+    let bits = u32::from(code);
+    let normal = f32::from_bits(((bits & 0x7f) << 20) + (120 << 23));
+    let size = match bits & 0x7f {
+        0x7f => f32::NAN,
+        // A subnormal code f is 2⁻⁶ f / 8, and `normal` is 2⁻⁷ (1 + f / 8). Not by a subnormal f32,
+        // which is slow to multiply.
+        ..8 => 2.0 * normal - 0.015625,
+        _ => normal,
+    };
+    f32::from_bits(size.to_bits() | (bits & 0x80) << 24)
 }
 
 fn codes(code: impl Fn(usize) -> u8) -> [u8; CHUNK] {

@@ -45,8 +45,14 @@ pub(super) trait Lanes: Copy {
     /// Signed bytes as integers.
     fn widen(self, bytes: &[u8; ROWS]) -> Self::Ints;
 
+    /// Unsigned bytes as integers.
+    fn widen_unsigned(self, bytes: &[u8; ROWS]) -> Self::Ints;
+
     /// a + b.
     fn add_ints(self, a: Self::Ints, b: Self::Ints) -> Self::Ints;
+
+    /// a − b.
+    fn subtract_ints(self, a: Self::Ints, b: Self::Ints) -> Self::Ints;
 
     /// a b.
     fn multiply_ints(self, a: Self::Ints, b: Self::Ints) -> Self::Ints;
@@ -56,6 +62,9 @@ pub(super) trait Lanes: Copy {
 
     /// Half-precision numbers, little endian.
     fn halves(self, bytes: &[u8; 2 * ROWS]) -> Self::Floats;
+
+    /// Numbers, little endian.
+    fn floats(self, bytes: &[u8; 4 * ROWS]) -> Self::Floats;
 
     /// The same number in each lane.
     fn float(self, value: f32) -> Self::Floats;
@@ -121,8 +130,18 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn widen_unsigned(self, bytes: &[u8; ROWS]) -> [i32; ROWS] {
+        bytes.map(i32::from)
+    }
+
+    #[inline(always)]
     fn add_ints(self, a: [i32; ROWS], b: [i32; ROWS]) -> [i32; ROWS] {
         std::array::from_fn(|row| a[row] + b[row])
+    }
+
+    #[inline(always)]
+    fn subtract_ints(self, a: [i32; ROWS], b: [i32; ROWS]) -> [i32; ROWS] {
+        std::array::from_fn(|row| a[row] - b[row])
     }
 
     #[inline(always)]
@@ -138,6 +157,11 @@ impl Lanes for Portable {
     #[inline(always)]
     fn halves(self, bytes: &[u8; 2 * ROWS]) -> [f32; ROWS] {
         std::array::from_fn(|row| f16::from_le_bytes([bytes[2 * row], bytes[2 * row + 1]]).to_f32())
+    }
+
+    #[inline(always)]
+    fn floats(self, bytes: &[u8; 4 * ROWS]) -> [f32; ROWS] {
+        std::array::from_fn(|row| f32::from_le_bytes(bytes.as_chunks().0[row]))
     }
 
     #[inline(always)]

@@ -20,14 +20,14 @@ mod rows;
 mod x86;
 
 pub(crate) use format::CHUNK;
-pub use format::Format;
+pub use format::{Format, GroupSize};
 
 use super::{Gemm, MatMut, MatRef, Pointwise, view::unit_columns};
 use crate::{
     device::{DType, Element},
     error::{Error, Result, same_size},
 };
-use std::{fmt, ops::Range};
+use std::{fmt, ops::Range, sync::Arc};
 
 /// How a product with quantized weights treats its other factor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,6 +36,9 @@ pub enum Activations {
     #[default]
     Int8,
     /// Leave the activations as they are, and dequantize the weights before each product.
+    ///
+    /// Products with [`Format::Fp8`], and with groups that are not consecutive columns
+    /// ([`ColumnGroups`]), are always computed in this way.
     Exact,
 }
 
@@ -48,21 +51,73 @@ pub struct QuantizedShape {
     pub rows: usize,
     /// The columns of the whole matrix.
     pub columns: Range<usize>,
+    /// The groups of these columns, if groups are not consecutive columns. Only for
+    /// [`Format::Int4`] and [`Format::Int8`].
+    pub order: Option<ColumnGroups>,
+}
+
+/// The groups of columns that share a scale, for a matrix whose columns were quantized in another
+/// order than that of the file (GPTQ's `desc_act`, `actorder` of compressed-tensors).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ColumnGroups {
+    /// The number of groups of the whole matrix. A shard has the scales of all of them.
+    pub groups: usize,
+    /// The group of each column.
+    pub of: Arc<[u32]>,
 }
 
 impl QuantizedShape {
+    /// Returns the number of bytes of a row: its blocks or, if groups are not consecutive columns,
+    /// the scale and zero point of each group and then the codes of each 32 columns.
+    pub fn row_bytes(&self) -> usize {
+        let format = self.format;
+        match &self.order {
+            None => self.blocks().len() * format.bytes(),
+            Some(order) => {
+                let codes =
+                    self.chunks().len() * CHUNK * (format.bytes() - format.scale_bytes()) / format.weights();
+                order.groups.saturating_mul(format.scale_bytes()).saturating_add(codes)
+            }
+        }
+    }
+
+    /// Whether products with activations of 8 bits are possible.
+    pub fn multiplies_integers(&self) -> bool {
+        self.order.is_none() && self.format.is_integer()
+    }
+
+    fn check(&self) -> Result<()> {
+        let Some(order) = &self.order else { return Ok(()) };
+        if !matches!(self.format, Format::Int4(_) | Format::Int8(_)) {
+            let reason = format!("{} has no groups of columns in another order", self.format);
+            return Err(Error::Unsupported { op: OP, reason });
+        }
+        same_size(OP, "columns with a group", order.of.len(), "columns", self.columns.len())?;
+        match order.of.iter().find(|group| **group as usize >= order.groups) {
+            Some(group) => Err(Error::invalid(
+                OP,
+                format!("a column is of group {group}, but there are {} groups", order.groups),
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// The chunks of 32 columns of the whole matrix that hold the columns.
     fn chunks(&self) -> Range<usize> {
         self.columns.start / CHUNK..self.columns.end.div_ceil(CHUNK)
     }
 
-    /// The blocks of a row of the whole matrix that hold the columns.
+    /// The blocks of a row of the whole matrix that hold the scales of the columns.
     fn blocks(&self) -> Range<usize> {
-        self.format.blocks(self.columns.clone())
+        match &self.order {
+            None => self.format.blocks(self.columns.clone()),
+            Some(order) => 0..order.groups,
+        }
     }
 }
 
-/// Reads the blocks of a range of rows: for each row, the blocks that hold the shape's columns.
+/// Reads a range of rows: for each row, the [`QuantizedShape::row_bytes`] that hold the shape's
+/// columns.
 pub type ReadBlocks<'a> = dyn FnMut(Range<usize>, &mut [u8]) -> Result<()> + 'a;
 
 /// Products with quantized weights.
@@ -129,6 +184,11 @@ fn check<T: Element, C: Element, B: Quantized>(
         let reason =
             "the activations are f64, which 8 bits would make far less precise: use `Activations::Exact`";
         return Err(Error::Unsupported { op: OP, reason: reason.into() });
+    }
+    if !w.multiplies_integers() {
+        let what = if w.order.is_some() { " whose groups are not consecutive columns" } else { "" };
+        let reason = format!("weights in {}{what} need `Activations::Exact`", w.format);
+        return Err(Error::Unsupported { op: OP, reason });
     }
     check_columns(OP, w, columns)?;
     unit_columns(OP, x.dims())?;

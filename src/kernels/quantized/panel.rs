@@ -8,13 +8,15 @@
 //!   4 bits of a byte are those of its column, and the high 4 bits those of 16 columns further.
 //!   Each of the bits 4 and 5 that a code has is in one more line: bit 4 r + c of the line's 64-bit
 //!   word i belongs to row r and column 4 i + c.
-//! * scales, for each block: d of 16 rows, then m of 16 rows if the format has minima. Formats with
-//!   blocks of 256 weights have the factors of d and m after them, for each chunk of the block.
+//! * scales, for each block: d of 16 rows, then m or the zero points of 16 rows if the format has
+//!   them. Formats with blocks of 256 weights have the factors of d and m after them, for each chunk
+//!   of the block.
 //!
-//! A shard holds whole chunks of codes and whole blocks of scales, also where a cut divides them.
+//! A shard holds whole chunks of codes and whole blocks of scales, also where a cut divides them. If
+//! the groups of a matrix are not consecutive columns, a shard holds the scales of all groups.
 
 use super::{
-    Format, QuantizedShape,
+    Format, GroupSize, QuantizedShape,
     format::{CHUNK, Chunk},
 };
 use crate::{device::zeroed, error::Result};
@@ -65,6 +67,12 @@ pub(super) struct Layout {
     pub(super) factors: usize,
     /// The chunks of a block.
     pub(super) span: usize,
+    /// Whether d is f32, not f16.
+    pub(super) wide: bool,
+    /// Whether a block has a zero point for each row, which is subtracted from a code.
+    pub(super) zeros: bool,
+    /// Whether codes are floating-point numbers (e4m3).
+    pub(super) is_float: bool,
 }
 
 impl Layout {
@@ -77,13 +85,17 @@ impl Layout {
             Format::Q5_1 | Format::Q5K => (5, 0),
             Format::Q8_0 => (8, 128),
             Format::Q6K => (6, 32),
+            Format::Int4(_) => (4, 0),
+            Format::Int8(_) | Format::Fp8(_) => (8, 0),
         };
         let factors = match format {
             Format::Q4K | Format::Q5K => 1,
             Format::Q6K => 2,
             _ => 0,
         };
-        Self { bits, offset, minimum: format.has_minimum(), factors, span: format.weights() / CHUNK }
+        let (wide, is_float) = (format.is_wide(), !format.is_integer());
+        let (zeros, span) = (wide && !is_float, format.weights() / CHUNK);
+        Self { bits, offset, minimum: format.has_minimum(), factors, span, wide, zeros, is_float }
     }
 
     /// The lines of a chunk's codes.
@@ -92,10 +104,16 @@ impl Layout {
         if self.bits == 8 { 8 } else { self.bits }
     }
 
-    /// The bytes of d, or of d and m, of a block.
+    /// The bytes of d of a block.
     #[inline(always)]
-    pub(super) const fn halves(self) -> usize {
-        2 * ROWS * (1 + self.minimum as usize)
+    pub(super) const fn d(self) -> usize {
+        if self.wide { 4 * ROWS } else { 2 * ROWS }
+    }
+
+    /// The bytes of d, and of m or the zero points, of a block.
+    #[inline(always)]
+    pub(super) const fn numbers(self) -> usize {
+        self.d() + ROWS * (2 * self.minimum as usize + self.zeros as usize)
     }
 
     /// The bytes of a chunk's factors.
@@ -107,7 +125,7 @@ impl Layout {
     /// The bytes of a block's scales.
     #[inline(always)]
     pub(super) const fn scales(self) -> usize {
-        self.halves() + self.span * self.chunk_factors()
+        self.numbers() + self.span * self.chunk_factors()
     }
 }
 
@@ -147,10 +165,10 @@ impl Panels {
         shape: QuantizedShape,
         read: &mut dyn FnMut(Range<usize>, &mut [u8]) -> Result<()>,
     ) -> Result<Self> {
-        let (format, layout) = (shape.format, Layout::of(shape.format));
-        let (chunks, blocks, (codes, scales)) = (shape.chunks(), shape.blocks(), lens(&shape));
+        shape.check()?;
+        let (layout, (codes, scales)) = (Layout::of(shape.format), lens(&shape));
         let mut panels = Self { shape, layout, codes: zeroed(codes)?, scales: zeroed(scales)? };
-        let (rows, row_bytes) = (panels.shape.rows, blocks.len() * format.bytes());
+        let (rows, row_bytes) = (panels.shape.rows, panels.shape.row_bytes());
         let strip = (STRIP / row_bytes.max(1)).clamp(1, rows.max(1));
         let mut bytes = zeroed::<u8>(row_bytes.saturating_mul(strip))?;
         for start in (0..rows).step_by(strip) {
@@ -158,14 +176,44 @@ impl Panels {
             let bytes = &mut bytes[..own.len() * row_bytes];
             read(own.clone(), bytes)?;
             for (row, bytes) in own.zip(bytes.chunks_exact(row_bytes.max(1))) {
-                for chunk in chunks.clone() {
-                    let block =
-                        &bytes[(chunk / layout.span - blocks.start) * format.bytes()..][..format.bytes()];
-                    panels.set(row, chunk, &format.chunk(block, chunk % layout.span));
+                match panels.shape.order.as_ref().map(|order| order.groups) {
+                    None => panels.set_row(row, bytes),
+                    Some(groups) => panels.set_ordered_row(row, bytes, groups),
                 }
             }
         }
         Ok(panels)
+    }
+
+    /// Sets a row from its blocks.
+    fn set_row(&mut self, row: usize, bytes: &[u8]) {
+        let (format, span, first) = (self.shape.format, self.layout.span, self.shape.blocks().start);
+        for chunk in self.shape.chunks() {
+            let block = chunk / span - first;
+            let from = format.chunk(&bytes[block * format.bytes()..][..format.bytes()], chunk % span);
+            self.set_codes(row, chunk, &from.codes);
+            self.set_scales(row, (block, chunk % span), &from);
+        }
+    }
+
+    /// Sets a row from the scales of its groups and the codes of its chunks.
+    fn set_ordered_row(&mut self, row: usize, bytes: &[u8], groups: usize) {
+        // Blocks of one chunk have the same scales and codes.
+        let format = match self.shape.format {
+            Format::Int8(_) => Format::Int8(GroupSize::G32),
+            _ => Format::Int4(GroupSize::G32),
+        };
+        let mut block = vec![0; format.bytes()];
+        let (scales, codes) = bytes.split_at(groups * format.scale_bytes());
+        for (group, scales) in scales.chunks_exact(format.scale_bytes()).enumerate() {
+            block[..format.scale_bytes()].copy_from_slice(scales);
+            self.set_scales(row, (group, 0), &format.chunk(&block, 0));
+        }
+        let size = format.bytes() - format.scale_bytes();
+        for (chunk, codes) in self.shape.chunks().zip(codes.chunks_exact(size)) {
+            block[format.scale_bytes()..].copy_from_slice(codes);
+            self.set_codes(row, chunk, &format.chunk(&block, 0).codes);
+        }
     }
 
     /// The lines of codes of a panel.
@@ -184,78 +232,114 @@ impl Panels {
         }
     }
 
-    /// Returns where the codes of a chunk and the scales of its block begin.
-    fn at(&self, row: usize, chunk: usize) -> (usize, usize) {
-        let (chunks, blocks, panel) = (self.shape.chunks(), self.shape.blocks(), row / ROWS);
-        let codes = (panel * chunks.len() + chunk - chunks.start) * self.layout.lines();
-        let block = panel * blocks.len() + chunk / self.layout.span - blocks.start;
-        (codes, block * self.layout.scales())
+    /// Returns the lines of a chunk's codes.
+    #[inline(always)]
+    fn lines(&self, row: usize, chunk: usize) -> Range<usize> {
+        let (chunks, lines) = (self.shape.chunks(), self.layout.lines());
+        let start = (row / ROWS * chunks.len() + chunk - chunks.start) * lines;
+        start..start + lines
     }
 
-    fn set(&mut self, row: usize, chunk: usize, from: &Chunk) {
-        let (layout, (codes, scales)) = (self.layout, self.at(row, chunk));
-        let (row, lines) = (row % ROWS, &mut self.codes[codes..][..layout.lines()]);
-        if layout.bits == 8 {
-            let quads = from.codes.as_chunks::<4>().0;
+    /// Returns the scales of a block. Blocks count from the first that the panels have.
+    #[inline(always)]
+    fn scales(&self, row: usize, block: usize) -> Range<usize> {
+        let start = (row / ROWS * self.shape.blocks().len() + block) * self.layout.scales();
+        start..start + self.layout.scales()
+    }
+
+    fn set_codes(&mut self, row: usize, chunk: usize, from: &[u8; CHUNK]) {
+        let range = self.lines(row, chunk);
+        let (row, lines) = (row % ROWS, &mut self.codes[range]);
+        if self.layout.bits == 8 {
+            let quads = from.as_chunks::<4>().0;
             lines.iter_mut().zip(quads).for_each(|(line, quad)| *line.row_mut(row) = *quad);
-        } else {
-            let (low, high) = from.codes.split_at(CHUNK / 2);
-            let low: [u8; CHUNK / 2] = std::array::from_fn(|at| low[at] & 15 | high[at] << 4);
-            let quads = low.as_chunks::<4>().0;
-            lines.iter_mut().zip(quads).for_each(|(line, quad)| *line.row_mut(row) = *quad);
-            for (bit, plane) in lines.iter_mut().enumerate().skip(4) {
-                for (word, quad) in from.codes.as_chunks::<4>().0.iter().enumerate() {
-                    let bits = (0..4).fold(0, |bits, column| bits | (quad[column] >> bit & 1) << column);
-                    plane.0[8 * word + row / 2] |= bits << (4 * (row % 2));
-                }
+            return;
+        }
+        let (low, high) = from.split_at(CHUNK / 2);
+        let low: [u8; CHUNK / 2] = std::array::from_fn(|at| low[at] & 15 | high[at] << 4);
+        let quads = low.as_chunks::<4>().0;
+        lines.iter_mut().zip(quads).for_each(|(line, quad)| *line.row_mut(row) = *quad);
+        for (bit, plane) in lines.iter_mut().enumerate().skip(4) {
+            for (word, quad) in from.as_chunks::<4>().0.iter().enumerate() {
+                let bits = (0..4).fold(0, |bits, column| bits | (quad[column] >> bit & 1) << column);
+                plane.0[8 * word + row / 2] |= bits << (4 * (row % 2));
             }
         }
-        let scales = &mut self.scales[scales..][..layout.scales()];
-        scales[2 * row..][..2].copy_from_slice(&from.d.to_le_bytes());
+    }
+
+    /// Sets the scales of a block, and the factors of one of its chunks.
+    fn set_scales(&mut self, row: usize, (block, chunk): (usize, usize), from: &Chunk) {
+        let (range, layout) = (self.scales(row, block), self.layout);
+        let (row, scales) = (row % ROWS, &mut self.scales[range]);
+        if layout.wide {
+            scales[4 * row..][..4].copy_from_slice(&from.d.to_le_bytes());
+        } else {
+            // A number that was f16.
+            scales[2 * row..][..2].copy_from_slice(&f16::from_f32(from.d).to_le_bytes());
+        }
+        if layout.zeros {
+            scales[layout.d() + row] = from.offset as u8;
+        }
         if let Some(m) = from.m {
-            scales[2 * (ROWS + row)..][..2].copy_from_slice(&m.to_le_bytes());
+            scales[layout.d() + 2 * row..][..2].copy_from_slice(&m.to_le_bytes());
         }
         let factors = from.factors.iter().flatten().take(layout.factors).map(|scale| *scale as u8);
-        let at = layout.halves() + chunk % layout.span * layout.chunk_factors();
+        let at = layout.numbers() + chunk * layout.chunk_factors();
         for (at, factor) in (at + row..).step_by(ROWS).zip(factors.chain(from.minimum_factor)) {
             scales[at] = factor;
         }
     }
 
+    #[inline(always)]
+    fn codes(&self, row: usize, chunk: usize) -> [u8; CHUNK] {
+        let (row, lines) = (row % ROWS, &self.codes[self.lines(row, chunk)]);
+        let mut codes = [0; CHUNK];
+        if self.layout.bits == 8 {
+            let quads = codes.as_chunks_mut::<4>().0;
+            lines.iter().zip(quads).for_each(|(line, quad)| *quad = *line.row(row));
+            return codes;
+        }
+        let (low, high) = codes.split_at_mut(CHUNK / 2);
+        for (line, (low, high)) in
+            lines.iter().zip(low.as_chunks_mut::<4>().0.iter_mut().zip(high.as_chunks_mut::<4>().0))
+        {
+            for (byte, (low, high)) in line.row(row).iter().zip(low.iter_mut().zip(high)) {
+                (*low, *high) = (byte & 15, byte >> 4);
+            }
+        }
+        for (bit, plane) in lines.iter().enumerate().skip(4) {
+            for (word, quad) in codes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                let bits = plane.0[8 * word + row / 2] >> (4 * (row % 2));
+                quad.iter_mut().enumerate().for_each(|(column, code)| *code |= (bits >> column & 1) << bit);
+            }
+        }
+        codes
+    }
+
+    /// Returns the scale and the zero point of a block with a zero point.
+    #[inline(always)]
+    fn scale_and_zero(&self, row: usize, block: usize) -> (f32, u8) {
+        let (row, scales) = (row % ROWS, &self.scales[self.scales(row, block)]);
+        (f32::from_le_bytes(scales.as_chunks().0[row]), scales[self.layout.d() + row])
+    }
+
     /// Returns a chunk of a row.
     #[inline(always)]
     fn get(&self, row: usize, chunk: usize) -> Chunk {
-        let (layout, (codes, scales)) = (self.layout, self.at(row, chunk));
-        let (row, lines) = (row % ROWS, &self.codes[codes..][..layout.lines()]);
-        let mut codes = [0; CHUNK];
-        if layout.bits == 8 {
-            let quads = codes.as_chunks_mut::<4>().0;
-            lines.iter().zip(quads).for_each(|(line, quad)| *quad = *line.row(row));
-        } else {
-            let (low, high) = codes.split_at_mut(CHUNK / 2);
-            for (line, (low, high)) in
-                lines.iter().zip(low.as_chunks_mut::<4>().0.iter_mut().zip(high.as_chunks_mut::<4>().0))
-            {
-                for (byte, (low, high)) in line.row(row).iter().zip(low.iter_mut().zip(high)) {
-                    (*low, *high) = (byte & 15, byte >> 4);
-                }
-            }
-            for (bit, plane) in lines.iter().enumerate().skip(4) {
-                for (word, quad) in codes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    let bits = plane.0[8 * word + row / 2] >> (4 * (row % 2));
-                    quad.iter_mut()
-                        .enumerate()
-                        .for_each(|(column, code)| *code |= (bits >> column & 1) << bit);
-                }
-            }
+        let (layout, codes) = (self.layout, self.codes(row, chunk));
+        let block = chunk / layout.span - self.shape.blocks().start;
+        if layout.zeros {
+            let (d, zero) = self.scale_and_zero(row, block);
+            return Chunk::wide(codes, zero.into(), d);
         }
-        let scales = &self.scales[scales..][..layout.scales()];
+        let (row, scales) = (row % ROWS, &self.scales[self.scales(row, block)]);
+        if layout.wide {
+            let d = f32::from_le_bytes(scales.as_chunks().0[row]);
+            return Chunk { is_float: layout.is_float, ..Chunk::wide(codes, 0, d) };
+        }
         let half = |at: usize| f16::from_le_bytes([scales[2 * at], scales[2 * at + 1]]);
-        let at = layout.halves() + chunk % layout.span * layout.chunk_factors() + row;
+        let at = layout.numbers() + chunk % layout.span * layout.chunk_factors() + row;
         Chunk {
-            codes,
-            offset: layout.offset,
-            d: half(row),
             m: layout.minimum.then(|| half(ROWS + row)),
             factors: match layout.factors {
                 0 => None,
@@ -263,7 +347,24 @@ impl Panels {
             },
             minimum_factor: (layout.factors > 0 && layout.minimum)
                 .then(|| scales[at + layout.factors * ROWS]),
+            ..Chunk::wide(codes, layout.offset, half(row).to_f32())
         }
+    }
+
+    /// Returns the weights of a chunk of a row.
+    #[inline(always)]
+    fn values(&self, row: usize, chunk: usize) -> [f32; CHUNK] {
+        let Some(order) = &self.shape.order else { return self.get(row, chunk).values() };
+        let (codes, first) = (self.codes(row, chunk), self.shape.columns.start);
+        let mut values = [0.0; CHUNK];
+        for (column, (value, code)) in (chunk * CHUNK..).zip(values.iter_mut().zip(codes)) {
+            // Columns that the panels do not have stay 0.
+            if let Some(&group) = column.checked_sub(first).and_then(|column| order.of.get(column)) {
+                let (d, zero) = self.scale_and_zero(row, group as usize);
+                *value = d * (i32::from(code) - i32::from(zero)) as f32;
+            }
+        }
+        values
     }
 
     /// Passes the weights of some columns of a row to `visit` in order: the range of their
@@ -279,7 +380,7 @@ impl Panels {
         let first = self.shape.columns.start;
         let (from, to) = (first + columns.start, first + columns.end);
         for chunk in from / CHUNK..to.div_ceil(CHUNK) {
-            let values = self.get(row, chunk).values();
+            let values = self.values(row, chunk);
             let start = chunk * CHUNK;
             let own = from.max(start)..to.min(start + CHUNK);
             visit(own.start - from..own.end - from, &values[own.start - start..own.end - start]);

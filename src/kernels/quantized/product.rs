@@ -5,7 +5,7 @@
 //! for any number of rows, any range of weight rows, and all instructions.
 
 use super::{
-    Format,
+    Format, GroupSize,
     format::CHUNK,
     lanes::Lanes,
     panel::{Layout, Panels, ROWS},
@@ -48,6 +48,16 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Kernel for Product<'_, L, F
             Format::Q4K => self.all(const { Layout::of(Format::Q4K) }),
             Format::Q5K => self.all(const { Layout::of(Format::Q5K) }),
             Format::Q6K => self.all(const { Layout::of(Format::Q6K) }),
+            // One loop for all groups, because `span` is used only once for each chunk.
+            Format::Int4(_) => {
+                let span = self.weights.layout.span;
+                self.all(Layout { span, ..const { Layout::of(Format::Int4(GroupSize::G32)) } })
+            }
+            Format::Int8(_) => {
+                let span = self.weights.layout.span;
+                self.all(Layout { span, ..const { Layout::of(Format::Int8(GroupSize::G32)) } })
+            }
+            Format::Fp8(_) => unreachable!("refused by `check`"),
         }
     }
 }
@@ -117,9 +127,13 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Product<'_, L, F> {
             let block = chunk / layout.span - panel.first_chunk / layout.span;
             let scales = &panel.scales[block * layout.scales()..][..layout.scales()];
             let half = |at: usize| scales[at..].first_chunk().expect("16 numbers of two bytes");
-            let factors = layout.halves() + chunk % layout.span * layout.chunk_factors();
+            let factors = layout.numbers() + chunk % layout.span * layout.chunk_factors();
             let factor = |at: usize| scales[factors + at * ROWS..].first_chunk().expect("16 factors");
-            let mut scale = lanes.halves(half(0));
+            let mut scale = if layout.wide {
+                lanes.floats(scales.first_chunk().expect("16 numbers of four bytes"))
+            } else {
+                lanes.halves(half(0))
+            };
             if layout.factors == 1 {
                 scale = lanes.multiply(scale, lanes.to_floats(lanes.widen(factor(0))));
             }
@@ -128,9 +142,19 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Product<'_, L, F> {
                 *x = &row[index];
             }
             let mut dots = [[lanes.int(0); N]; 2];
-            let offset = if layout.bits == 8 && L::BYTES_ARE_SIGNED { 0 } else { -layout.offset };
+            let of_dot = if layout.bits == 8 && L::BYTES_ARE_SIGNED { 128 } else { 0 };
+            let offset = of_dot - layout.offset;
+            let mut offsets = lanes.int(offset);
+            if layout.zeros {
+                let zeros = scales[layout.d()..].first_chunk().expect("16 zero points");
+                offsets = lanes.subtract_ints(offsets, lanes.widen_unsigned(zeros));
+            }
             for token in 0..N {
                 let [left, right] = x[token].sums;
+                if layout.zeros {
+                    dots[0][token] = lanes.multiply_ints(offsets, lanes.int(left + right));
+                    continue;
+                }
                 if layout.factors == 2 {
                     dots[0][token] = lanes.int(offset * left);
                     dots[1][token] = lanes.int(offset * right);
@@ -175,7 +199,7 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Product<'_, L, F> {
                 sums[token] = lanes.multiply_add(by, lanes.to_floats(dot), sums[token]);
                 if layout.minimum {
                     let of_x = d * (left + right) as f32;
-                    let mut minimum = lanes.halves(half(2 * ROWS));
+                    let mut minimum = lanes.halves(half(layout.d()));
                     if layout.factors > 0 {
                         let factor = lanes.to_floats(lanes.widen(factor(layout.factors)));
                         minimum = lanes.multiply(lanes.multiply(minimum, factor), lanes.float(-1.0));

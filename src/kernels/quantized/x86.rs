@@ -100,8 +100,18 @@ impl Lanes for Vnni {
     }
 
     #[inline(always)]
+    fn widen_unsigned(self, bytes: &[u8; ROWS]) -> __m512i {
+        proven!(self, _mm512_cvtepu8_epi32(_mm_loadu_si128(bytes.as_ptr().cast())))
+    }
+
+    #[inline(always)]
     fn add_ints(self, a: __m512i, b: __m512i) -> __m512i {
         proven!(self, _mm512_add_epi32(a, b))
+    }
+
+    #[inline(always)]
+    fn subtract_ints(self, a: __m512i, b: __m512i) -> __m512i {
+        proven!(self, _mm512_sub_epi32(a, b))
     }
 
     #[inline(always)]
@@ -117,6 +127,11 @@ impl Lanes for Vnni {
     #[inline(always)]
     fn halves(self, bytes: &[u8; 2 * ROWS]) -> __m512 {
         proven!(self, _mm512_cvtph_ps(_mm256_loadu_si256(bytes.as_ptr().cast())))
+    }
+
+    #[inline(always)]
+    fn floats(self, bytes: &[u8; 4 * ROWS]) -> __m512 {
+        proven!(self, _mm512_loadu_ps(bytes.as_ptr().cast()))
     }
 
     #[inline(always)]
@@ -227,8 +242,24 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn widen_unsigned(self, bytes: &[u8; ROWS]) -> [__m256i; 2] {
+        let (a, b) = bytes.split_at(ROWS / 2);
+        proven!(self, {
+            [
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(a.as_ptr().cast())),
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(b.as_ptr().cast())),
+            ]
+        })
+    }
+
+    #[inline(always)]
     fn add_ints(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
         proven!(self, [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])])
+    }
+
+    #[inline(always)]
+    fn subtract_ints(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        proven!(self, [_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])])
     }
 
     #[inline(always)]
@@ -250,6 +281,12 @@ impl Lanes for Avx2 {
                 _mm256_cvtph_ps(_mm_loadu_si128(b.as_ptr().cast())),
             ]
         })
+    }
+
+    #[inline(always)]
+    fn floats(self, bytes: &[u8; 4 * ROWS]) -> [__m256; 2] {
+        let (a, b) = bytes.split_at(2 * ROWS);
+        proven!(self, [_mm256_loadu_ps(a.as_ptr().cast()), _mm256_loadu_ps(b.as_ptr().cast())])
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@ use super::{OP, ParamRegion};
 use crate::{
     device::{DType, Element, zeroed},
     error::{Error, Result, same_size},
-    kernels::{Activations, Backend, Format, MatMut, MatRef, QuantizedShape},
+    kernels::{Activations, Backend, ColumnGroups, Format, MatMut, MatRef, QuantizedShape},
     tensor::{Role, Tensor, WeightSource},
 };
 use std::{fmt, ops::Range, rc::Rc};
@@ -29,10 +29,11 @@ enum Part<T: Element, B: Backend> {
     Dense(Tensor<T, B>),
 }
 
-/// Regions with the same columns of tensors of one format, one after another.
+/// Regions with the same columns and groups of tensors of one format, one after another.
 struct Run<'a> {
     format: Option<Format>,
     columns: Range<usize>,
+    order: Option<ColumnGroups>,
     rows: Range<usize>,
     regions: Vec<&'a ParamRegion>,
 }
@@ -51,16 +52,10 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
             [_, _] if role == Role::Weight => source.format(&own.tensor),
             _ => None,
         };
-        let Some(first) = regions.iter().find(|own| format(own).is_some()) else { return Ok(None) };
-        let activations = source.activations();
-        if T::DTYPE == DType::F64 && activations == Activations::Int8 {
-            let reason = format!(
-                "`{}` is quantized, and a product with activations of 8 bits has no precision of f64: use \
-                 `Activations::Exact`",
-                first.tensor
-            );
-            return Err(Error::Unsupported { op: OP, reason });
+        if !regions.iter().any(|own| format(own).is_some()) {
+            return Ok(None);
         }
+        let activations = source.activations();
         let mut runs: Vec<Run<'_>> = Vec::new();
         let mut end = 0;
         for own in regions {
@@ -68,12 +63,16 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
             same_size(OP, &what, own.row, "the end of the region before", end)?;
             end += own.region.extent().rows();
             let (format, columns) = (format(own), own.region.ranges().get(1).cloned().unwrap_or(0..1));
+            let order = match format {
+                Some(_) => source.column_groups(&own.tensor, columns.clone())?,
+                None => None,
+            };
             match runs.last_mut() {
-                Some(run) if run.format == format && run.columns == columns => {
+                Some(run) if run.format == format && run.columns == columns && run.order == order => {
                     run.rows.end = end;
                     run.regions.push(own);
                 }
-                _ => runs.push(Run { format, columns, rows: own.row..end, regions: vec![own] }),
+                _ => runs.push(Run { format, columns, order, rows: own.row..end, regions: vec![own] }),
             }
         }
         same_size(OP, "the end of the last region", end, "rows of the parameter", rows)?;
@@ -94,8 +93,22 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
         format: Format,
         run: &Run<'_>,
     ) -> Result<B::QuantizedMatrix> {
-        let row_bytes = format.blocks(run.columns.clone()).len() * format.bytes();
-        let shape = QuantizedShape { format, rows: run.rows.len(), columns: run.columns.clone() };
+        let shape = QuantizedShape {
+            format,
+            rows: run.rows.len(),
+            columns: run.columns.clone(),
+            order: run.order.clone(),
+        };
+        if T::DTYPE == DType::F64 && source.activations() == Activations::Int8 && shape.multiplies_integers()
+        {
+            let reason = format!(
+                "`{}` is quantized, and a product with activations of 8 bits has no precision of f64: use \
+                 `Activations::Exact`",
+                run.regions[0].tensor
+            );
+            return Err(Error::Unsupported { op: OP, reason });
+        }
+        let row_bytes = shape.row_bytes();
         device.quantized_matrix(shape, &mut |rows, out| {
             let rows = run.rows.start + rows.start..run.rows.start + rows.end;
             let mut rest = out;
@@ -154,14 +167,14 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
     ) -> Result<()> {
         for (rows, part) in &self.parts {
             let mut y = y.reborrow().columns(rows.clone());
-            match (part, self.activations) {
-                (Part::Dense(w), _) => {
+            match part {
+                Part::Dense(w) => {
                     self.device.gemm(1.0, x, w.mat().columns(columns.clone()).t(), 0.0, y)?;
                 }
-                (Part::Quantized(w), Activations::Int8) => {
+                Part::Quantized(w) if self.rounds_activations(w) => {
                     self.device.quantized_product(x, w, columns.clone(), y)?;
                 }
-                (Part::Quantized(w), Activations::Exact) => {
+                Part::Quantized(w) => {
                     let strip = (STRIP / columns.len().max(1)).max(1);
                     for start in (0..rows.len()).step_by(strip) {
                         let own = start..rows.len().min(start + strip);
@@ -175,6 +188,11 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
             }
         }
         Ok(())
+    }
+
+    /// Whether products with a part round activations to 8 bits.
+    fn rounds_activations(&self, w: &B::QuantizedMatrix) -> bool {
+        self.activations == Activations::Int8 && B::quantized_shape(w).multiplies_integers()
     }
 
     /// Dequantizes all rows.
