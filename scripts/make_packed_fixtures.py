@@ -146,10 +146,10 @@ def autogptq(bits, group, act=False, sym=False, **more):
 
 def gptqmodel(bits, group, form, act=False, sym=False):
     return {"bits": bits, "checkpoint_format": form, "desc_act": act, "format": form, "group_size": group,
-            "lm_head": False, "meta": {"act_group_aware": not act, "damp_auto_increment": 0.01, "damp_percent": 0.05,
-                                       "mse": 0.0, "quantizer": ["gptqmodel:7.7.0"], "static_groups": False,
-                                       "true_sequential": True, "uri": "https://github.com/modelcloud/gptqmodel"},
-            "method": "gptq", "pack_dtype": "int32", "quant_method": "gptq", "sym": sym}
+            "lm_head": False, "method": "gptq", "pack_dtype": "int32", "quant_method": "gptq", "sym": sym,
+            "meta": {"act_group_aware": not act, "damp_auto_increment": 0.01, "damp_percent": 0.05, "mse": 0.0,
+                     "quantizer": ["gptqmodel:7.7.0"], "static_groups": False, "true_sequential": True,
+                     "uri": "https://github.com/modelcloud/gptqmodel"}}
 
 
 def optimum(bits, group, act=False, sym=True):
@@ -204,8 +204,8 @@ def gptq(official, q, zero, scale, bits, version, group, g_idx=None, name_g_idx=
 def awq(official, q, zero, scale, group):
     order = np.array([0, 2, 4, 6, 1, 3, 5, 7])
     shuffle = lambda rows: rows.reshape(rows.shape[0], -1, 8)[:, :, order].reshape(rows.shape)
-    tensors = {"qweight": pack(shuffle(q.T), 4, 1), "qzeros": pack(shuffle(zero.T), 4, 1),
-               "scales": scale.T.contiguous()}
+    words, zeros = (pack(shuffle(each.T), 4, 1) for each in (q, zero))
+    tensors = {"qweight": words, "qzeros": zeros, "scales": scale.T.contiguous()}
     weights = plain(q, zero, scale.float().numpy(), np.arange(q.shape[1]) // group)
     read = official.awq["dequantize_gemm"](tensors["qweight"], tensors["qzeros"], scale.T.float(), 4, group)
     same(weights, read.T)
@@ -272,9 +272,9 @@ def ct_fp8_block(weight, scale, arguments):
     weights = spread(scale, block, weight.shape) * weight.float()
     # The library dequantizes whole tiles only.
     padded = torch.zeros([count * side for count, side in zip(scale.shape, block)], dtype=torch.float32)
-    padded[:weight.shape[0], :weight.shape[1]] = weight.float()
-    read = dequantize(padded, scale.float(), None, QuantizationArgs(**arguments), dtype=torch.float32)
-    same(weights, read[:weight.shape[0], :weight.shape[1]])
+    inside = tuple(slice(extent) for extent in weight.shape)
+    padded[inside] = weight.float()
+    same(weights, dequantize(padded, scale.float(), None, QuantizationArgs(**arguments), dtype=torch.float32)[inside])
     return {"weight": weight, "weight_scale": scale}, weights.numpy()
 
 
@@ -368,10 +368,10 @@ def fp8_cases(random):
 
 
 def linears():
-    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
-    return {f"{attention}.q_proj": (HEADS * HEAD, HIDDEN), f"{attention}.k_proj": (KV_HEADS * HEAD, HIDDEN),
-            f"{attention}.v_proj": (KV_HEADS * HEAD, HIDDEN), f"{attention}.o_proj": (HIDDEN, HEADS * HEAD),
-            f"{mlp}.gate_proj": (FFN, HIDDEN), f"{mlp}.up_proj": (FFN, HIDDEN), f"{mlp}.down_proj": (HIDDEN, FFN)}
+    q, kv = HEADS * HEAD, KV_HEADS * HEAD
+    shapes = {"self_attn.q": (q, HIDDEN), "self_attn.k": (kv, HIDDEN), "self_attn.v": (kv, HIDDEN),
+              "self_attn.o": (HIDDEN, q), "mlp.gate": (FFN, HIDDEN), "mlp.up": (FFN, HIDDEN), "mlp.down": (HIDDEN, FFN)}
+    return {f"model.layers.0.{name}_proj": shape for name, shape in shapes.items()}
 
 
 def quantize(weights, group):
@@ -391,18 +391,17 @@ def model(folder, config, quantization, quantized, random, dtype):
     stored, expected = {}, {}
 
     def put(name, tensors, weights):
-        stored.update({f"{name}.{suffix}" if suffix else name: each for suffix, each in tensors.items()})
-        name = name if name.endswith(".weight") else f"{name}.weight"
+        stored.update({f"{name}.{suffix}": each for suffix, each in tensors.items()})
         data = np.ascontiguousarray(weights, dtype="<f4")
-        expected[name] = {"shape": list(data.shape), "hash": fnv(data.tobytes())}
+        expected[f"{name}.weight"] = {"shape": list(data.shape), "hash": fnv(data.tobytes())}
 
     def plain_tensor(name, values):
         tensor = torch.from_numpy(values).to(dtype)
-        put(f"{name}.weight", {"": tensor}, tensor.float().numpy())
+        put(name, {"weight": tensor}, tensor.float().numpy())
 
     matrix = lambda *shape: random.normal(size=shape) / np.sqrt(shape[-1])
-    norms = {"model.norm": HIDDEN, "model.layers.0.input_layernorm": HIDDEN,
-             "model.layers.0.post_attention_layernorm": HIDDEN}
+    layer_norms = ["input_layernorm", "post_attention_layernorm"]
+    norms = {"model.norm": HIDDEN, **{f"model.layers.0.{name}": HIDDEN for name in layer_norms}}
     if config["model_type"] == "qwen3":
         norms |= {f"model.layers.0.self_attn.{name}": HEAD for name in ("q_norm", "k_norm")}
     for name, size in norms.items():
@@ -435,16 +434,11 @@ def config(kind, name):
 def models(folder, official):
     llama = config("llama", "LlamaForCausalLM")
     at = lambda name: os.path.join(folder, name)
-
     random = np.random.default_rng(11)
     model(at("tiny_gptq"), llama, gptqmodel(4, 32, "gptq", act=True),
           lambda name, weights: gptq_act(official, random, weights), random, torch.float16)
-
-    random = np.random.default_rng(12)
-    model(at("tiny_awq"), llama, autoawq(32), lambda name, weights: awq(official, *quantize(weights, 32), 32), random,
-          torch.float16)
-
-    random = np.random.default_rng(13)
+    model(at("tiny_awq"), llama, autoawq(32), lambda name, weights: awq(official, *quantize(weights, 32), 32),
+          np.random.default_rng(12), torch.float16)
     arguments = {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": 32}
 
     def ct(name, weights):
@@ -454,15 +448,13 @@ def models(folder, official):
         return ct_packed(q - 8, zero - 8, scale.bfloat16(), 4, arguments)
 
     ignore = ["lm_head", "re:.*self_attn\\.v_proj$"]
-    model(at("tiny_ct"), llama, compressed("pack-quantized", scheme(arguments), ignore=ignore), ct, random,
-          torch.bfloat16)
-
-    random = np.random.default_rng(14)
+    model(at("tiny_ct"), llama, compressed("pack-quantized", scheme(arguments), ignore=ignore), ct,
+          np.random.default_rng(13), torch.bfloat16)
     qwen3 = {key: value for key, value in config("qwen3", "Qwen3ForCausalLM").items() if key != "mlp_bias"}
     qwen3 |= {"max_window_layers": 1, "sliding_window": None, "use_sliding_window": False}
     kept = ["lm_head", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"]
     model(at("tiny_fp8"), qwen3, fp8([32, 32], modules_to_not_convert=kept),
-          lambda name, weights: fp8_round(weights, (32, 32)), random, torch.bfloat16)
+          lambda name, weights: fp8_round(weights, (32, 32)), np.random.default_rng(14), torch.bfloat16)
 
 
 def gptq_act(official, random, weights):
@@ -490,13 +482,12 @@ def main(folder, sources):
     official = Official(sources)
     random = np.random.default_rng(7)
     stored, expected, described = {}, {}, {}
-    for cases in (gptq_cases(random, official), awq_cases(random, official), ct_cases(random), fp8_cases(random)):
-        for name, tensors, weights, quantization in cases:
-            weights = torch.from_numpy(np.array(weights, np.float32, order="C"))
-            assert weights.isfinite().all(), name
-            stored.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
-            expected[name] = weights
-            described[name] = {"shape": list(weights.shape), "quantization_config": quantization}
+    for name, tensors, weights, quantization in [*gptq_cases(random, official), *awq_cases(random, official),
+                                                 *ct_cases(random), *fp8_cases(random)]:
+        expected[name] = torch.from_numpy(np.array(weights, np.float32, order="C"))
+        assert expected[name].isfinite().all(), name
+        stored.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+        described[name] = {"shape": list(weights.shape), "quantization_config": quantization}
     save_file(stored, os.path.join(folder, "matrices.safetensors"))
     save_file(expected, os.path.join(folder, "matrices_expected.safetensors"))
     lines = [f'"{name}": {json.dumps(each)}' for name, each in described.items()]
