@@ -45,6 +45,7 @@ pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};
 pub use pointwise::{Activation, Pointwise};
 pub use quantized::{Activations, ColumnGroups, Format, GroupSize, Quantized, QuantizedShape, ReadBlocks};
+pub(crate) use quantized::{CHUNK, e4m3};
 pub use rope::{Rope, RopePairs, RopeSpec};
 pub use update::{AdamWStep, SgdStep, Update};
 pub use view::{MatMut, MatRef};

@@ -5,7 +5,7 @@ use super::{
     header::{self, Entry},
     index,
     layout::{Location, locate},
-    region::{Items, check_elements, runs},
+    region::{Items, check_bytes, check_elements, runs},
     stored::decode_as,
 };
 use crate::{
@@ -173,6 +173,51 @@ impl Checkpoint {
         self.bytes_read.load(Ordering::Relaxed)
     }
 
+    /// Returns the stored element type and the shape of a tensor, if there is one.
+    pub(super) fn stored(&self, name: &str) -> Option<(safetensors::Dtype, &[usize])> {
+        self.tensors.get(name).map(|(_, entry)| (entry.dtype, &entry.shape[..]))
+    }
+
+    /// Reads a region of a tensor of elements of one or several bytes, as they are stored.
+    pub(super) fn read_bytes(&self, name: &str, region: &Region, out: &mut [u8]) -> Result<()> {
+        self.check_shape(name, region)?;
+        let (file, entry) = self.entry(name)?;
+        let size = entry.dtype.bitsize() / 8;
+        check_bytes(region.extent().len().saturating_mul(size), out.len())?;
+        let items = Items { file, start: entry.start, size, bytes_read: &self.bytes_read };
+        items.read(runs(region), |to, bytes| {
+            out[to * size..to * size + bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        })
+    }
+
+    /// Returns the path of the file that has a tensor.
+    pub(super) fn place(&self, name: &str) -> String {
+        let path = self.entry(name).map_or(self.path.as_path(), |(file, _)| file.path());
+        path.display().to_string()
+    }
+
+    /// Returns an error of the file that has a tensor.
+    pub(super) fn bad(&self, name: &str, reason: String) -> Error {
+        match self.entry(name) {
+            Ok((file, _)) => file.bad(reason),
+            Err(_) => Error::Checkpoint { path: self.path.clone(), reason },
+        }
+    }
+
+    fn check_shape(&self, name: &str, region: &Region) -> Result<()> {
+        let (file, entry) = self.entry(name)?;
+        if entry.shape == region.shape().dims() {
+            return Ok(());
+        }
+        Err(Error::TensorShape {
+            name: name.into(),
+            place: file.path().display().to_string(),
+            found: entry.shape.clone(),
+            needed: region.shape().dims().to_vec(),
+        })
+    }
+
     fn entry(&self, name: &str) -> Result<(&DataFile, &Entry)> {
         match self.tensors.get(name) {
             Some((file, entry)) => Ok((&self.files[*file], entry)),
@@ -227,15 +272,7 @@ impl WeightSource for Checkpoint {
     }
 
     fn check(&self, name: &str, region: &Region) -> Result<()> {
-        let (file, entry) = self.entry(name)?;
-        if entry.shape != region.shape().dims() {
-            return Err(Error::TensorShape {
-                name: name.into(),
-                place: file.path().display().to_string(),
-                found: entry.shape.clone(),
-                needed: region.shape().dims().to_vec(),
-            });
-        }
+        self.check_shape(name, region)?;
         self.dtype(name).map(|_| ())
     }
 }

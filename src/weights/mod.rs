@@ -4,6 +4,7 @@
 //!
 //! * [`Checkpoint`]: a file, or a folder of files with an index, as a [`WeightSource`].
 //! * [`Gguf`]: a GGUF file, or the files of a split model, under Hugging Face's names.
+//! * [`Packed`]: a checkpoint quantized by GPTQ, AWQ or compressed-tensors, or in FP8.
 //! * [`Transposed`]: a source with some matrices stored as `[in, out]`.
 //! * [`Quantization`]: a source that quantizes the matrices of another source at load.
 //! * [`write()`]: writes one file.
@@ -29,6 +30,7 @@ mod header;
 mod index;
 mod json;
 mod layout;
+mod packed;
 mod quantization;
 mod region;
 mod save;
@@ -41,6 +43,7 @@ pub use checkpoint::Checkpoint;
 pub(crate) use gguf::ROPE_DIVISORS;
 pub use gguf::{Gguf, GgufValue};
 pub(crate) use layout::config;
+pub use packed::{Packed, Packing, PackingMethod, Tile};
 pub use quantization::Quantization;
 pub use save::{Save, save};
 pub use transposed::Transposed;

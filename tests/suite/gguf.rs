@@ -19,7 +19,7 @@ use shardwise::{
 use std::{collections::BTreeMap, fs, ops::Range, path::PathBuf};
 use tempfile::{TempDir, tempdir};
 
-fn data(name: &str) -> PathBuf {
+pub(crate) fn data(name: &str) -> PathBuf {
     shardwise_tests::root().join("tests/data").join(name)
 }
 
@@ -41,7 +41,7 @@ fn refused(bytes: &[u8]) -> String {
     }
 }
 
-fn read(source: &dyn WeightSource, name: &str, region: &Region) -> Result<Vec<f32>> {
+pub(crate) fn read(source: &dyn WeightSource, name: &str, region: &Region) -> Result<Vec<f32>> {
     let mut out = vec![f32::NAN; region.extent().len()];
     source.read(name, Role::Weight, region, AnyMut::F32(out.as_mut_slice()))?;
     Ok(out)
@@ -54,11 +54,11 @@ fn blocks(source: &dyn WeightSource, name: &str, region: &Region, format: Format
     Ok(out)
 }
 
-fn bits(numbers: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(numbers: &[f32]) -> Vec<u32> {
     numbers.iter().map(|number| number.to_bits()).collect()
 }
 
-fn pick<T: Copy>(whole: &[T], region: &Region) -> Vec<T> {
+pub(crate) fn pick<T: Copy>(whole: &[T], region: &Region) -> Vec<T> {
     region.runs().into_iter().flatten().map(|index| whole[index]).collect()
 }
 
@@ -71,19 +71,19 @@ fn decode(format: Format, blocks: &[u8]) -> Vec<f32> {
 }
 
 /// Reproducible random choices.
-struct Choices(Philox, u64);
+pub(crate) struct Choices(Philox, u64);
 
 impl Choices {
-    fn new(seed: u64, name: &str) -> Self {
+    pub(crate) fn new(seed: u64, name: &str) -> Self {
         Self(Philox::named(seed, name), 0)
     }
 
-    fn below(&mut self, count: usize) -> usize {
+    pub(crate) fn below(&mut self, count: usize) -> usize {
         self.1 += 1;
         ((self.0.uniform(self.1) * count as f64) as usize).min(count - 1)
     }
 
-    fn range(&mut self, len: usize) -> Range<usize> {
+    pub(crate) fn range(&mut self, len: usize) -> Range<usize> {
         let (a, b) = (self.below(len + 1), self.below(len + 1));
         a.min(b)..a.max(b)
     }

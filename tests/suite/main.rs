@@ -24,6 +24,7 @@ mod optim;
 mod oracle;
 mod overlap;
 mod own_layers;
+mod packed;
 mod params;
 mod plan;
 mod quantized;

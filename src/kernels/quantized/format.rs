@@ -137,6 +137,16 @@ impl Format {
         }
     }
 
+    /// Returns the number of bytes in which a row with these columns is read: its blocks or, with
+    /// groups that are not consecutive columns, the numbers of each group and the codes of each
+    /// chunk.
+    pub(crate) fn row_bytes(self, columns: Range<usize>, groups: Option<usize>) -> usize {
+        let Some(groups) = groups else { return self.blocks(columns).len() * self.bytes() };
+        let chunks = columns.end.div_ceil(CHUNK) - columns.start / CHUNK;
+        let codes = chunks * CHUNK * (self.bytes() - self.scale_bytes()) / self.weights();
+        groups.saturating_mul(self.scale_bytes()).saturating_add(codes)
+    }
+
     /// The bytes before the codes of a block of `Int4`, `Int8` and `Fp8`.
     pub(crate) const fn scale_bytes(self) -> usize {
         if self.is_integer() { 5 } else { 4 }
@@ -306,7 +316,7 @@ impl Chunk {
 
 /// Returns the number of a code in e4m3: 4 bits of exponent with bias 7, and 3 bits of fraction.
 #[inline(always)]
-pub(super) fn e4m3(code: u8) -> f32 {
+pub(crate) fn e4m3(code: u8) -> f32 {
     let bits = u32::from(code);
     let normal = f32::from_bits(((bits & 0x7f) << 20) + (120 << 23));
     let size = match bits & 0x7f {

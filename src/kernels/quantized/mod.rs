@@ -19,7 +19,7 @@ mod rows;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-pub(crate) use format::CHUNK;
+pub(crate) use format::{CHUNK, e4m3};
 pub use format::{Format, GroupSize};
 
 use super::{Gemm, MatMut, MatRef, Pointwise, view::unit_columns};
@@ -70,15 +70,7 @@ impl QuantizedShape {
     /// Returns the number of bytes of a row: its blocks or, if groups are not consecutive columns,
     /// the scale and zero point of each group and then the codes of each 32 columns.
     pub fn row_bytes(&self) -> usize {
-        let format = self.format;
-        match &self.order {
-            None => self.blocks().len() * format.bytes(),
-            Some(order) => {
-                let codes =
-                    self.chunks().len() * CHUNK * (format.bytes() - format.scale_bytes()) / format.weights();
-                order.groups.saturating_mul(format.scale_bytes()).saturating_add(codes)
-            }
-        }
+        self.format.row_bytes(self.columns.clone(), self.order.as_ref().map(|order| order.groups))
     }
 
     /// Whether products with activations of 8 bits are possible.

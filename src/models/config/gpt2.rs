@@ -46,6 +46,7 @@ pub(super) fn read(json: &Json<'_>, text: &str) -> Result<DecoderConfig, String>
             head: "lm_head",
         },
         transposed: true,
+        packing: None,
         // The embedding of transformers' GPT-2 has no `padding_idx`.
         padding: None,
         ends: json.tokens("eos_token_id")?.unwrap_or_else(|| vec![50256]),

@@ -70,6 +70,17 @@ impl<'a> Json<'a> {
         Ok(object.filter(|object| !object.map.is_empty()))
     }
 
+    /// Returns the values, which are objects.
+    pub(super) fn objects(&self) -> Result<Vec<Self>, String> {
+        let keys = self.map.keys();
+        let read = |key: &String| {
+            let inner = |map| Self { path: self.path, ..Self::new(self.kind, map) };
+            let object = self.get(key, "an object", |value| value.as_object().map(inner))?;
+            object.ok_or_else(|| format!("`{key}` is null"))
+        };
+        keys.map(read).collect()
+    }
+
     /// Returns the first key whose value is an object.
     pub(super) fn nested(&self) -> Option<&'a str> {
         self.map.iter().find(|(_, value)| value.is_object()).map(|(key, _)| key.as_str())

@@ -2,7 +2,7 @@
 
 use super::{
     DecoderConfig, DecoderNames, HUGE, LayerChoices, MANY, activation, checked, common, ignored, json::Json,
-    padding, positive, rope,
+    packing, padding, positive, rope,
 };
 use crate::{
     kernels::{AttentionChoices, NormKind},
@@ -117,6 +117,7 @@ pub(super) fn read(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderCon
             head: "lm_head",
         },
         transposed: false,
+        packing: packing(json)?,
         padding: padding(json, None)?,
         ends: json.tokens("eos_token_id")?.unwrap_or_else(|| usual.end.into_iter().collect()),
         json: text.into(),

@@ -9,6 +9,7 @@ mod gpt2;
 mod ignored;
 mod json;
 mod llama;
+mod packing;
 mod rope;
 
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
     kernels::{Activation, AttentionChoices},
     ops::RopeConfig,
     parallel::{AttentionConfig, BlockConfig},
-    weights,
+    weights::{self, Packing},
 };
 use json::Json;
 use serde_json::{Map, Value};
@@ -82,6 +83,9 @@ pub struct DecoderConfig {
     pub names: DecoderNames,
     /// Whether the blocks' matrices are stored as `[in, out]` (GPT-2's `Conv1D`).
     pub transposed: bool,
+    /// How the weights of the checkpoint are quantized (`quantization_config`), if they are. Such a
+    /// checkpoint is read by [`Packed`](crate::weights::Packed).
+    pub packing: Option<Packing>,
     /// The id whose lookup adds nothing to the embedding's gradient (`pad_token_id`), if there is
     /// one.
     pub padding: Option<u32>,
@@ -141,6 +145,7 @@ impl DecoderConfig {
             recomputed: 0,
             names: DecoderNames::default(),
             transposed: false,
+            packing: None,
             padding: None,
             ends: Vec::new(),
             json: String::new(),
@@ -317,7 +322,8 @@ impl ModelConfig {
     }
 }
 
-/// Sets the element type of the stored weights in the text of a configuration. Sets `torch_dtype`,
+/// Sets the element type of the stored weights in the text of a configuration, and removes
+/// `quantization_config`, because saved weights are not quantized. Sets `torch_dtype`,
 /// the older key, if the text has it. Sets `dtype` if the text has it, or has neither key. Returns
 /// the text unchanged if the keys already name this type, or if the text is not a JSON object.
 pub(super) fn stored_as(text: &str, dtype: DType) -> String {
@@ -329,7 +335,7 @@ pub(super) fn stored_as(text: &str, dtype: DType) -> String {
         DType::F16 => "float16",
     });
     let older = json.contains_key("torch_dtype");
-    let mut changed = false;
+    let mut changed = json.remove("quantization_config").is_some();
     for (key, is_used) in [("torch_dtype", older), ("dtype", !older || json.contains_key("dtype"))] {
         if is_used && json.get(key) != Some(&name) {
             json.insert(key.into(), name.clone());
@@ -379,10 +385,6 @@ fn object(text: &str) -> Result<Map<String, Value>, String> {
 /// Checks the keys that all families have.
 fn common(json: &Json<'_>, causal: bool, architectures: &[&str]) -> Result<(), String> {
     json.raw("model_type");
-    if let Some(quantized) = json.object("quantization_config")? {
-        let method = quantized.text("quant_method")?.unwrap_or("a method without a name").escape_debug();
-        return Err(format!("`quantization_config`: weights quantized by `{method}` are not known"));
-    }
     // Other classes have other heads, and some compute attention differently.
     let known = |name: &Value| architectures.iter().any(|known| name == known);
     json.each("architectures", |value| value.as_array().is_some_and(|all| all.iter().all(known)))?;
@@ -391,6 +393,11 @@ fn common(json: &Json<'_>, causal: bool, architectures: &[&str]) -> Result<(), S
         json.only(key, false)?;
     }
     json.only("pruned_heads", Map::new())
+}
+
+/// Reads how the weights are quantized.
+fn packing(json: &Json<'_>) -> Result<Option<Packing>, String> {
+    json.object("quantization_config")?.map(|json| packing::read(&json)).transpose()
 }
 
 /// Rejects sizes that no attention layer can have.
