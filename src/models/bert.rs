@@ -158,7 +158,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
     /// As [`Save::write`].
     #[track_caller]
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
-        let json = config::stored_as(&self.config.json, T::DTYPE);
+        let json = config::stored_as(&self.config.json, T::DTYPE, false);
         Save::new(folder).config(json).write(&self.group, &self.params())
     }
 }

@@ -157,7 +157,8 @@ pub trait WeightSource {
     }
 
     /// Returns the groups of these columns of a tensor with a format, if groups are not consecutive
-    /// columns. [`WeightSource::read_blocks`] then fills [`QuantizedShape::row_bytes`] for each row.
+    /// columns. [`WeightSource::read_blocks`] then fills [`QuantizedShape::row_bytes`] for each
+    /// row.
     ///
     /// [`QuantizedShape::row_bytes`]: crate::kernels::QuantizedShape::row_bytes
     ///

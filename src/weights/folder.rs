@@ -34,10 +34,9 @@ use super::{
     header, index,
     layout::{CONFIG, INDEX, Location, SINGLE, SaveFile, config_name, locate, pending_config},
     save_id,
-    write::write_tensors,
+    write::{Content, write_tensors},
 };
 use crate::{
-    device::{AnyRef, Cpu},
     error::{Error, Result},
     shard::Shape,
 };
@@ -99,7 +98,7 @@ impl Folder {
     pub(super) fn write_single<'a>(
         &self,
         has_config: bool,
-        tensors: impl IntoIterator<Item = (String, Shape, AnyRef<'a, Cpu>)>,
+        tensors: impl IntoIterator<Item = (String, Shape, Content<'a>)>,
     ) -> Result<()> {
         let id = has_config.then_some(self.id.as_str());
         write_tensors(&self.disk, &self.temporary(SINGLE), id, tensors)
@@ -109,7 +108,7 @@ impl Folder {
     pub(super) fn write_shard<'a>(
         &self,
         name: &str,
-        tensors: impl IntoIterator<Item = (String, Shape, AnyRef<'a, Cpu>)>,
+        tensors: impl IntoIterator<Item = (String, Shape, Content<'a>)>,
     ) -> Result<()> {
         write_tensors(&self.disk, &self.path.join(name), None, tensors)
     }
@@ -297,7 +296,7 @@ fn is_current(_: &File, _: &Path) -> bool {
 mod tests {
     use super::*;
     use crate::{
-        device::AnyMut,
+        device::{AnyMut, AnyRef, Cpu},
         tensor::{Region, Role, WeightSource},
         weights::{
             Checkpoint, config,
@@ -324,6 +323,10 @@ mod tests {
     fn save(path: &Path, version: u8, stored: Stored, fault: Fault) -> Result<()> {
         let values = [f32::from(version); 4];
         let tensor = |name: &str| (name.to_string(), Shape::new(&[4]), AnyRef::<Cpu>::F32(values.as_slice()));
+        let content = |name: &str| {
+            let (name, shape, elements) = tensor(name);
+            (name, shape, Content::Elements(elements))
+        };
         let config = format!("{{\"version\": {version}}}");
         match stored {
             Stored::Nothing => {}
@@ -341,7 +344,7 @@ mod tests {
             }
             Stored::Single => {
                 let mut folder = Folder::begin(path, Disk { fault })?;
-                folder.write_single(true, NAMES.map(tensor))?;
+                folder.write_single(true, NAMES.map(content))?;
                 folder.commit(None, Some(&config))?;
             }
             Stored::Index => {
@@ -349,7 +352,7 @@ mod tests {
                 let mut map = serde_json::Map::new();
                 for (at, name) in NAMES.iter().enumerate() {
                     let file = folder.data_name(at, NAMES.len());
-                    folder.write_shard(&file, [tensor(name)])?;
+                    folder.write_shard(&file, [content(name)])?;
                     map.insert(name.to_string(), file.into());
                 }
                 folder.commit(Some((map, 48)), Some(&config))?;

@@ -23,6 +23,35 @@ const CHUNK: usize = 1 << 16;
 /// The maximal length of a header in the format, in bytes.
 const MAX_HEADER: usize = 100_000_000;
 
+/// What is written of a tensor.
+pub(super) enum Content<'a> {
+    /// Its elements.
+    Elements(AnyRef<'a, Cpu>),
+    /// The bytes of elements of this type, as they were read from a file.
+    Bytes(Dtype, &'a [u8]),
+}
+
+impl Content<'_> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::Bytes(dtype, _) => *dtype,
+            Self::Elements(elements) => match elements.dtype() {
+                DType::F64 => Dtype::F64,
+                DType::F32 => Dtype::F32,
+                DType::BF16 => Dtype::BF16,
+                DType::F16 => Dtype::F16,
+            },
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Bytes(_, bytes) => bytes.len(),
+            Self::Elements(elements) => elements.len() * elements.dtype().size(),
+        }
+    }
+}
+
 /// Writes tensors to a safetensors file. Each tensor is a name, a shape and the elements in
 /// row-major order.
 ///
@@ -46,6 +75,8 @@ pub fn write<'a, N: Into<String>, D: Into<Shape>>(
     // would remove such a file.
     let temporary = path.with_file_name(format!(".write-{}-{}", save_id::random()?, name.to_string_lossy()));
     let disk = Disk::default();
+    let tensors =
+        tensors.into_iter().map(|(name, shape, elements)| (name, shape, Content::Elements(elements)));
     let written = write_tensors(&disk, &temporary, None, tensors)
         .and_then(|()| disk.rename(&temporary, path))
         .and_then(|()| {
@@ -66,11 +97,11 @@ pub(super) fn write_tensors<'a, N: Into<String>, D: Into<Shape>>(
     disk: &Disk,
     path: &Path,
     id: Option<&str>,
-    tensors: impl IntoIterator<Item = (N, D, AnyRef<'a, Cpu>)>,
+    tensors: impl IntoIterator<Item = (N, D, Content<'a>)>,
 ) -> Result<()> {
     let mut names = HashSet::new();
     let mut all = Vec::new();
-    for (name, shape, elements) in tensors {
+    for (name, shape, content) in tensors {
         let (name, shape) = (name.into(), shape.into());
         if name == "__metadata__" || !names.insert(name.clone()) {
             return Err(Error::invalid(
@@ -81,42 +112,42 @@ pub(super) fn write_tensors<'a, N: Into<String>, D: Into<Shape>>(
         same_size(
             "write weights",
             &format!("the elements of `{name}`"),
-            elements.len(),
+            content.bytes() * 8 / content.dtype().bitsize(),
             "the elements of its shape",
             shape.len(),
         )?;
-        all.push((name, shape, elements));
+        all.push((name, shape, content));
     }
     // The widest elements come first, so that all tensors are aligned.
-    all.sort_by(|(a, _, x), (b, _, y)| (Reverse(x.dtype().size()), a).cmp(&(Reverse(y.dtype().size()), b)));
+    all.sort_by(|(a, _, x), (b, _, y)| {
+        (Reverse(x.dtype().bitsize()), a).cmp(&(Reverse(y.dtype().bitsize()), b))
+    });
     let header = header(id, &all).map_err(|reason| Error::Checkpoint { path: path.into(), reason })?;
     disk.write(path, |out| {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
-        for (_, _, elements) in all {
-            each_dtype!(AnyRef, elements, elements => {
-                for chunk in elements.chunks(CHUNK) {
-                    out.write_all(&encode(chunk))?;
-                }
-            });
+        for (_, _, content) in all {
+            match content {
+                Content::Bytes(_, bytes) => out.write_all(bytes)?,
+                Content::Elements(elements) => each_dtype!(AnyRef, elements, elements => {
+                    for chunk in elements.chunks(CHUNK) {
+                        out.write_all(&encode(chunk))?;
+                    }
+                }),
+            }
         }
         Ok(())
     })
 }
 
 /// Returns the text of the header, padded to a multiple of 8 bytes.
-fn header(id: Option<&str>, tensors: &[(String, Shape, AnyRef<'_, Cpu>)]) -> Result<Vec<u8>, String> {
+fn header(id: Option<&str>, tensors: &[(String, Shape, Content<'_>)]) -> Result<Vec<u8>, String> {
     let mut end = 0;
-    let info = |(name, shape, elements): &(String, Shape, AnyRef<'_, Cpu>)| {
+    let info = |(name, shape, content): &(String, Shape, Content<'_>)| {
         let start = end;
-        end += elements.len() * elements.dtype().size();
-        let dtype = match elements.dtype() {
-            DType::F64 => Dtype::F64,
-            DType::F32 => Dtype::F32,
-            DType::BF16 => Dtype::BF16,
-            DType::F16 => Dtype::F16,
-        };
-        (name.clone(), TensorInfo { dtype, shape: shape.dims().to_vec(), data_offsets: (start, end) })
+        end += content.bytes();
+        let (dtype, shape) = (content.dtype(), shape.dims().to_vec());
+        (name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
     };
     let infos = tensors.iter().map(info).collect();
     // Older versions of transformers reject a file without a format.

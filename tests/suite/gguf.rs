@@ -485,6 +485,21 @@ fn truncated_files_are_refused() {
     }
 }
 
+/// A matrix without columns may have any number of rows, which are not visited.
+#[test]
+fn empty_matrices_are_read() {
+    let file = File::default()
+        .string("general.architecture", "llama")
+        .u32("llama.attention.head_count", 2)
+        .tensor("blk.0.attn_q.weight", &[0, 1 << 60], 0, vec![])
+        .tensor("blk.0.attn_v.weight", &[0, 1 << 60], 0, vec![]);
+    let (_folder, gguf) = open(&file.bytes());
+    let gguf = gguf.unwrap();
+    for name in ["q_proj", "v_proj"].map(|name| format!("model.layers.0.self_attn.{name}.weight")) {
+        assert!(read(&gguf, &name, &Region::whole([1 << 60, 0])).unwrap().is_empty());
+    }
+}
+
 #[test]
 fn unknown_types_and_scales_are_refused_when_read() {
     let inf = [f16::INFINITY.to_le_bytes().to_vec(), vec![0; 16]].concat();

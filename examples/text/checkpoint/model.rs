@@ -5,7 +5,7 @@ use shardwise::{
     Error, Result,
     models::{DecoderConfig, ModelConfig},
     tensor::WeightSource,
-    weights::{Checkpoint, Gguf, Transposed},
+    weights::{Checkpoint, Gguf, Packed, Transposed},
 };
 use std::{
     fs::{self, File},
@@ -16,6 +16,7 @@ use tokenizers::Tokenizer;
 
 enum Source {
     Folder(Checkpoint),
+    Packed(Packed),
     Gguf(Gguf),
 }
 
@@ -23,12 +24,13 @@ impl Source {
     fn weights(&self) -> &(dyn WeightSource + Sync) {
         match self {
             Self::Folder(checkpoint) => checkpoint,
+            Self::Packed(packed) => packed,
             Self::Gguf(gguf) => gguf,
         }
     }
 }
 
-/// A decoder in a folder in Hugging Face's format, or in a GGUF file.
+/// A decoder in a folder in Hugging Face's format, quantized or not, or in a GGUF file.
 pub struct Model {
     /// The configuration.
     pub config: DecoderConfig,
@@ -64,7 +66,14 @@ impl Model {
             (config, tokenizer.map_err(named)?, Source::Gguf(gguf))
         } else {
             let config = ModelConfig::read(path)?;
-            (config, super::tokenizer(path).map_err(fail)?, Source::Folder(Checkpoint::open(path)?))
+            let checkpoint = Checkpoint::open(path)?;
+            let source = match &config {
+                ModelConfig::Decoder(DecoderConfig { packing: Some(packing), .. }) => {
+                    Source::Packed(Packed::new(checkpoint, packing)?)
+                }
+                _ => Source::Folder(checkpoint),
+            };
+            (config, super::tokenizer(path).map_err(fail)?, source)
         };
         let ModelConfig::Decoder(mut config) = config else {
             return Err(fail("the model is not a decoder, so it does not predict tokens".into()));
@@ -74,6 +83,7 @@ impl Model {
         precision.check(quantized).map_err(|reason| fail(format!("{}: {reason}", path.display())))?;
         let source = match source {
             Source::Gguf(gguf) => Source::Gguf(precision.of_gguf(gguf)),
+            Source::Packed(packed) => Source::Packed(precision.of_packed(packed)),
             folder => folder,
         };
         let quantized = precision.leaves_quantized(quantized);

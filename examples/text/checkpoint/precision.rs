@@ -5,7 +5,7 @@ use shardwise::{
     Result,
     kernels::{Activations, Format},
     tensor::WeightSource,
-    weights::{Gguf, Quantization},
+    weights::{Gguf, Packed, Quantization},
 };
 
 /// The options for quantized weights. A program's arguments flatten them.
@@ -20,7 +20,7 @@ pub struct Precision {
     /// How products with quantized weights treat activations. Only for a quantized model.
     #[arg(long, value_enum)]
     activations: Option<Rounding>,
-    /// Load the quantized matrices of a GGUF file as floating-point numbers.
+    /// Load quantized matrices as floating-point numbers.
     #[arg(long, conflicts_with_all = ["quantize", "activations"])]
     dequantize: bool,
 }
@@ -81,6 +81,12 @@ impl Precision {
     pub(super) fn of_gguf(&self, gguf: Gguf) -> Gguf {
         let gguf = gguf.with_activations(self.activations());
         if self.dequantize { gguf.dequantized() } else { gguf }
+    }
+
+    /// Applies the options to the weights of a quantized folder.
+    pub(super) fn of_packed(&self, packed: Packed) -> Packed {
+        let packed = packed.with_activations(self.activations());
+        if self.dequantize { packed.dequantized() } else { packed }
     }
 
     /// Runs `run` with the weights of a source, quantized if there is `--quantize`.

@@ -9,11 +9,11 @@
 //!   Each of the bits 4 and 5 that a code has is in one more line: bit 4 r + c of the line's 64-bit
 //!   word i belongs to row r and column 4 i + c.
 //! * scales, for each block: d of 16 rows, then m or the zero points of 16 rows if the format has
-//!   them. Formats with blocks of 256 weights have the factors of d and m after them, for each chunk
-//!   of the block.
+//!   them. Formats with blocks of 256 weights have the factors of d and m after them, for each
+//!   chunk of the block.
 //!
-//! A shard holds whole chunks of codes and whole blocks of scales, also where a cut divides them. If
-//! the groups of a matrix are not consecutive columns, a shard holds the scales of all groups.
+//! A shard holds whole chunks of codes and whole blocks of scales, also where a cut divides them.
+//! If the groups of a matrix are not consecutive columns, a shard holds the scales of all groups.
 
 use super::{
     Format, GroupSize, QuantizedShape,

@@ -323,10 +323,10 @@ impl ModelConfig {
 }
 
 /// Sets the element type of the stored weights in the text of a configuration, and removes
-/// `quantization_config`, because saved weights are not quantized. Sets `torch_dtype`,
+/// `quantization_config` unless the weights are quantized. Sets `torch_dtype`,
 /// the older key, if the text has it. Sets `dtype` if the text has it, or has neither key. Returns
 /// the text unchanged if the keys already name this type, or if the text is not a JSON object.
-pub(super) fn stored_as(text: &str, dtype: DType) -> String {
+pub(super) fn stored_as(text: &str, dtype: DType, quantized: bool) -> String {
     let Ok(Value::Object(mut json)) = serde_json::from_str(text) else { return text.into() };
     let name = Value::from(match dtype {
         DType::F64 => "float64",
@@ -335,7 +335,7 @@ pub(super) fn stored_as(text: &str, dtype: DType) -> String {
         DType::F16 => "float16",
     });
     let older = json.contains_key("torch_dtype");
-    let mut changed = json.remove("quantization_config").is_some();
+    let mut changed = !quantized && json.remove("quantization_config").is_some();
     for (key, is_used) in [("torch_dtype", older), ("dtype", !older || json.contains_key("dtype"))] {
         if is_used && json.get(key) != Some(&name) {
             json.insert(key.into(), name.clone());

@@ -20,7 +20,7 @@ use crate::{
     shard::{Partition, Replicated, Sequences, Shard},
     tensor::{Param, WeightSource, Weights},
     train::Schedule,
-    weights::{Save, Transposed},
+    weights::{Packed, Save, Transposed},
 };
 use embeddings::{Embeddings, EmbeddingsSaved};
 use std::{ops::Range, path::Path};
@@ -298,6 +298,21 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
     /// not read from a file. Then use [`weights::save`](crate::weights::save).
     #[track_caller]
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.save_to(folder.as_ref(), None)
+    }
+
+    /// Saves a model that was loaded from a quantized checkpoint, as [`Decoder::save`]. The
+    /// quantized matrices are copied from the checkpoint, byte by byte: see [`Save::packed`].
+    ///
+    /// # Errors
+    /// As [`Decoder::save`].
+    #[track_caller]
+    pub fn save_packed(&self, folder: impl AsRef<Path>, source: &Packed) -> Result<()> {
+        self.save_to(folder.as_ref(), Some(source))
+    }
+
+    #[track_caller]
+    fn save_to(&self, folder: &Path, source: Option<&Packed>) -> Result<()> {
         self.first()?;
         self.last()?;
         if self.config.json.is_empty() {
@@ -305,11 +320,16 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
                 "the configuration was not read from a `config.json`: save the weights by `weights::save`";
             return Err(Error::invalid("decoder", reason));
         }
-        let json = config::stored_as(&self.config.json, T::DTYPE);
+        let json = config::stored_as(&self.config.json, T::DTYPE, source.is_some());
         let in_block = format!(".{}.", self.config.names.blocks);
         let transposed = self.config.transposed;
         let stored_transposed = |name: &str| transposed && is_in(name, &in_block);
-        Save::new(folder).config(json).transposed(stored_transposed).write(&self.group, &self.params())
+        let save = Save::new(folder).config(json).transposed(stored_transposed);
+        let save = match source {
+            Some(source) => save.packed(source),
+            None => save,
+        };
+        save.write(&self.group, &self.params())
     }
 }
 

@@ -148,6 +148,14 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
         }
     }
 
+    /// Returns the format of a row, or `None` if it is dense.
+    pub(crate) fn format(&self, row: usize) -> Option<Format> {
+        match self.parts.iter().find(|(rows, _)| rows.contains(&row)) {
+            Some((_, Part::Quantized(w))) => Some(B::quantized_shape(w).format),
+            _ => None,
+        }
+    }
+
     fn height(&self) -> usize {
         self.parts.last().map_or(0, |(rows, _)| rows.end)
     }

@@ -122,12 +122,13 @@ fn tensor_runs(tensor: &Tensor, region: &Region) -> impl Iterator<Item = Run> + 
     let Some(head) = tensor.head else { return runs(region).collect::<Vec<_>>().into_iter() };
     let width = region.shape().dims().get(1).copied().unwrap_or(1);
     let columns = region.ranges().get(1).cloned().unwrap_or(0..1);
-    let rows = region.ranges()[0].clone().enumerate();
+    // A matrix without columns may have any number of rows.
+    let rows = if columns.is_empty() { 0..0 } else { region.ranges()[0].clone() };
     let run = |(at, row)| {
         let start = stored_row(row, head) * width;
         Run { items: start + columns.start..start + columns.end, to: at * columns.len() }
     };
-    let mut runs: Vec<_> = rows.map(run).collect();
+    let mut runs: Vec<_> = rows.enumerate().map(run).collect();
     runs.sort_unstable_by_key(|run| run.items.start);
     runs.into_iter()
 }

@@ -1,15 +1,17 @@
 //! Checkpoints with matrices quantized by GPTQ, AWQ or compressed-tensors, or in FP8.
 //!
-//! `module.rs` finds the tensors of each quantized matrix and checks their shapes, `integers.rs`
-//! reads codes and zero points, and `source.rs` makes blocks and weights of them.
+//! `find.rs` finds the tensors of each quantized matrix and checks their shapes, `integers.rs`
+//! reads codes, zero points and scales, and `source.rs` makes blocks and weights of them.
 
+mod find;
 mod integers;
 mod module;
 mod source;
 
 use super::Checkpoint;
-use crate::{error::Result, kernels::Activations};
+use crate::{error::Result, kernels::Activations, shard::Shape, tensor::Region};
 use module::Module;
+use safetensors::Dtype;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -28,19 +30,22 @@ pub struct Packing {
 ///
 /// | method | codes | scales | zero points |
 /// |---|---|---|---|
-/// | `Gptq`, `GptqModel`, `GptqV2` | `qweight [in / n, out]` | `scales [groups, out]` | `qzeros [groups, out / n]` |
-/// | `Awq` | `qweight [in, out / n]` | `scales [groups, out]` | `qzeros [groups, out / n]` |
-/// | `CompressedTensors` | `weight_packed [out, in / n]` or `weight` | `weight_scale [out, groups]` | `weight_zero_point` |
-/// | `Fp8` | `weight` | `weight_scale_inv` or `weight_scale` | |
+/// | GPTQ | `qweight [in / n, out]` | `scales [groups, out]` | `qzeros [groups, out / n]` |
+/// | AWQ | `qweight [in, out / n]` | `scales [groups, out]` | `qzeros [groups, out / n]` |
+/// | compressed-tensors | `weight_packed` or `weight` | `weight_scale` | `weight_zero_point` |
+/// | FP8 | `weight` | `weight_scale_inv` or `weight_scale` | |
 ///
-/// n codes are packed in 32 bits. A weight is (code − zero point) · scale.
+/// n codes are packed in 32 bits. A weight is (code − zero point) · scale. compressed-tensors has
+/// `weight_packed [out, in / n]`, `weight_scale [out, groups]` and
+/// `weight_zero_point [out / n, groups]`. With `weight [out, in]`, scales are `[1]`, `[out, 1]`,
+/// `[out, groups]`, or `[out / rows, in / columns]` of tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PackingMethod {
     /// GPTQ. Each zero point is stored minus 1, modulo 2ᵇ.
     Gptq,
-    /// GPTQ as GPTQModel writes it: the zero points of a word are stored minus 1, in one subtraction
-    /// with borrows from the next zero point.
+    /// GPTQ as GPTQModel writes it: the zero points of a word are stored minus 1, in one
+    /// subtraction with borrows from the next zero point.
     GptqModel,
     /// GPTQ with zero points as they are (`checkpoint_format` is `gptq_v2`).
     GptqV2,
@@ -64,6 +69,19 @@ pub struct Tile {
     pub columns: Option<usize>,
 }
 
+impl fmt::Display for Tile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = |count: Option<usize>| count.map_or("all".into(), |count| count.to_string());
+        write!(
+            f,
+            "{} bits, {} rows and {} columns to a scale",
+            self.bits,
+            count(self.rows),
+            count(self.columns)
+        )
+    }
+}
+
 /// A quantized checkpoint in the safetensors format as a source of weights: GPTQ, AWQ,
 /// compressed-tensors, and FP8.
 ///
@@ -84,22 +102,23 @@ pub struct Tile {
 /// [`Fp8`]: crate::kernels::Format::Fp8
 ///
 /// ```
-/// use shardwise::{prelude::*, kernels::{Format, GroupSize}, weights::{Checkpoint, Packed, Packing}};
+/// use shardwise::{prelude::*, kernels::{Format, GroupSize}, weights::{Checkpoint, Packed,
+/// Packing}};
 /// # use shardwise::weights::{PackingMethod, Tile};
 /// # let folder = tempfile::tempdir().unwrap();
 /// # let path = folder.path().join("model.safetensors");
 /// # let header = r#"{"up.weight": {"dtype": "F8_E4M3", "shape": [1, 32], "data_offsets": [0, 32]},
 /// #   "up.weight_scale_inv": {"dtype": "F32", "shape": [1, 1], "data_offsets": [32, 36]}}"#;
-/// # let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0x38; 32], &2f32.to_le_bytes()];
+/// # let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0x38; 32],
+/// &2f32.to_le_bytes()];
 /// # std::fs::write(&path, file.concat()).unwrap();
 /// # let tile = Tile { bits: 8, rows: Some(128), columns: Some(128) };
-/// // `DecoderConfig::packing` has this value for a folder of Hugging Face.
-/// let packing = Packing { method: PackingMethod::Fp8, tiles: vec![tile] };
-/// let source = Packed::new(Checkpoint::open(&path)?, &packing)?;
-/// assert_eq!(source.format("up.weight"), Some(Format::Fp8(GroupSize::G128)));
-/// let mut row = [0.0_f32; 32];
-/// source.read("up.weight", Role::Weight, &Region::whole([1, 32]), AnyMut::F32(row.as_mut_slice()))?;
-/// assert_eq!(row, [2.0; 32]); // the code 0x38 is 1, and the scale is 2
+/// // `DecoderConfig::packing` has this value for a folder of Hugging Face. let packing = Packing {
+/// method: PackingMethod::Fp8, tiles: vec![tile] }; let source =
+/// Packed::new(Checkpoint::open(&path)?, &packing)?; assert_eq!(source.format("up.weight"),
+/// Some(Format::Fp8(GroupSize::G128))); let mut row = [0.0_f32; 32]; source.read("up.weight",
+/// Role::Weight, &Region::whole([1, 32]), AnyMut::F32(row.as_mut_slice()))?; assert_eq!(row, [2.0;
+/// 32]); // the code 0x38 is 1, and the scale is 2
 /// # Ok::<(), Error>(())
 /// ```
 pub struct Packed {
@@ -121,7 +140,7 @@ impl Packed {
     /// disagree with each other or fit no tile, or a column is of a group that does not exist; the
     /// errors of [`Checkpoint`].
     pub fn new(checkpoint: Checkpoint, packing: &Packing) -> Result<Self> {
-        let (modules, parts) = module::find(&checkpoint, packing)?;
+        let (modules, parts) = find::find(&checkpoint, packing)?;
         Ok(Self { checkpoint, modules, parts, dequantized: false, activations: Activations::default() })
     }
 
@@ -133,6 +152,20 @@ impl Packed {
     /// Sets how products with the quantized weights treat their other factor.
     pub fn with_activations(self, activations: Activations) -> Self {
         Self { activations, ..self }
+    }
+
+    /// Returns the names, types and shapes of the tensors that stand for a matrix.
+    pub(super) fn parts(&self, name: &str) -> impl Iterator<Item = (String, Dtype, &[usize])> {
+        let parts = self.modules.get(name).into_iter().flat_map(|module| &module.parts);
+        parts.filter_map(|part| {
+            let (dtype, shape) = self.checkpoint.stored(part)?;
+            Some((part.clone(), dtype, shape))
+        })
+    }
+
+    /// Reads a tensor of [`Packed::parts`] as it is stored.
+    pub(super) fn read_part(&self, name: &str, shape: Shape, out: &mut [u8]) -> Result<()> {
+        self.checkpoint.read_bytes(name, &Region::whole(shape), out)
     }
 
     /// Returns the number of bytes of tensors that all threads have read so far, as

@@ -1,10 +1,10 @@
 //! Reads the tensors of a quantized checkpoint.
 
+use super::super::{
+    region::{check_bytes, check_elements},
+    stored::convert,
+};
 use super::{
-    super::{
-        region::{check_bytes, check_elements},
-        stored::convert,
-    },
     Packed,
     integers::Numbers,
     module::{Codes, Module},

@@ -1,11 +1,9 @@
-//! Saving a sharded model: the first rank collects the shards and writes them to a [`Folder`]. Of
-//! this module, only this file uses groups.
+//! Collectives of a save: the tensors of all ranks, their elements, and the work of the first rank.
 
-use super::{disk::Disk, folder::Folder};
 use crate::{
     comm::{Group, ReduceOp},
-    device::{Cpu, Element},
-    error::{Error, Result, Site, same_shape, same_size},
+    device::Element,
+    error::{Error, Result, same_shape, same_size},
     kernels::Backend,
     shard::Shape,
     tensor::{Param, ParamRegion, Region, Tensor},
@@ -13,7 +11,6 @@ use crate::{
 use std::{
     collections::BTreeMap,
     ops::Range,
-    path::{Path, PathBuf},
     sync::mpsc::{RecvTimeoutError, channel},
     thread,
     time::Duration,
@@ -25,220 +22,12 @@ const CHUNK: usize = 1 << 22;
 /// The maximal number of bytes of one all-reduce, on all ranks together.
 const CHUNK_BYTES: usize = 1 << 27;
 
-/// The default of [`Save::max_shard`].
-const MAX_SHARD: usize = 4 << 30;
-
 /// The interval of all-reduces while the first rank writes.
 const HEARTBEAT: Duration = Duration::from_millis(50);
 
-/// Saves parameters to a folder with the defaults of [`Save`] and without a configuration.
-///
-/// ```
-/// use shardwise::{
-///     launch,
-///     parallel::{Bias, ColumnLinear, Columns, Layer},
-///     tensor::{Random, Weights},
-///     weights::{self, Checkpoint},
-/// };
-/// # let folder = tempfile::tempdir().unwrap();
-/// # let folder = folder.path().join("layer");
-/// launch::threads(2, |world| {
-///     let (source, columns) = (Random::normal(1, 0.02), Columns::even(&world, 6)?);
-///     let weights = Weights::new(&source);
-///     let fc = weights.at("fc");
-///     let layer = ColumnLinear::<f32, _>::load(&world, &fc, 4, &columns, Bias::None)?;
-///     weights::save(&world, &layer.params(), &folder)
-/// })?;
-/// assert_eq!(Checkpoint::open(&folder)?.shape("fc.weight")?, [6, 4]);
-/// # Ok::<(), shardwise::Error>(())
-/// ```
-///
-/// # Errors
-/// As [`Save::write`].
-#[track_caller]
-pub fn save<T: Element, B: Backend>(
-    group: &Group<B>,
-    params: &[Param<T, B>],
-    folder: impl AsRef<Path>,
-) -> Result<()> {
-    Save::new(folder).write(group, params)
-}
-
-/// Saves a sharded model as one checkpoint, which any number of ranks can read.
-///
-/// Creates the folder if it does not exist. Writes `model.safetensors` if one file can hold all
-/// tensors ([`Save::max_shard`]). Otherwise writes files `model-<id>-00001-of-00003.safetensors`, …
-/// and `model.safetensors.index.json`, where `<id>` is unique to the save. Writes `config.json` if
-/// a configuration is given. Transformers can read these files too.
-///
-/// **Atomicity.** An existing checkpoint stays until the new one is complete on the disk, and is
-/// then replaced at once. If the save fails, for example because the disk is full, or if the
-/// process is killed, [`Checkpoint::open`] and [`ModelConfig::read`] find the tensors and the
-/// configuration of the old checkpoint, or those of the new one, but never a mixture. The next save
-/// removes the files of a killed save. Other readers open only `config.json`. If the process is
-/// killed between two renames, other readers find new weights with the old configuration until the
-/// next save.
-///
-/// The files of the old checkpoint are removed, including files `model-00001-of-00003.safetensors`
-/// of other programs. Files with other names stay.
-///
-/// A save to a folder fails while another save holds the folder's file lock. On a file system
-/// without locks, saves to one folder must not overlap, because no save detects the other.
-///
-/// [`Checkpoint::open`]: super::Checkpoint::open
-/// [`ModelConfig::read`]: crate::models::ModelConfig::read
-pub struct Save<'a> {
-    folder: PathBuf,
-    config: Option<String>,
-    transposed: Box<dyn Fn(&str) -> bool + 'a>,
-    max_shard: usize,
-    disk: Disk,
-}
-
-impl<'a> Save<'a> {
-    /// Starts a save to a folder.
-    pub fn new(folder: impl AsRef<Path>) -> Self {
-        Self {
-            folder: folder.as_ref().into(),
-            config: None,
-            transposed: Box::new(|_| false),
-            max_shard: MAX_SHARD,
-            disk: Disk::default(),
-        }
-    }
-
-    /// Sets the text of `config.json`. Without it, an existing `config.json` stays.
-    pub fn config(self, json: impl Into<String>) -> Self {
-        Self { config: Some(json.into()), ..self }
-    }
-
-    /// Sets which matrices are stored as `[in, out]`. `names` returns true for the name of such a
-    /// matrix.
-    pub fn transposed(self, names: impl Fn(&str) -> bool + 'a) -> Self {
-        Self { transposed: Box::new(names), ..self }
-    }
-
-    /// Sets the maximal size of a file in bytes of tensors, by default 4 GiB. A tensor larger than
-    /// `bytes` has a file of its own.
-    pub fn max_shard(self, bytes: usize) -> Self {
-        Self { max_shard: bytes, ..self }
-    }
-
-    /// Saves these parameters. Every rank of the group has to call this. The first rank writes.
-    ///
-    /// Exactly one rank of the group has to own each element of the model. The group may be a
-    /// tensor-parallel group or the group of a whole pipeline, but not a data-parallel group. The
-    /// group reduces a few rows of one tensor at a time. So the first rank holds at most the
-    /// tensors of one file, and the other ranks hold only their shards.
-    ///
-    /// Collectives: two broadcasts from each rank, of the list of regions that the rank owns.
-    /// All-reduces of every element. Ranks that do not own an element contribute −0, because adding
-    /// −0 keeps all bits. While the first rank writes, an all-reduce of one number at least every
-    /// 50 ms, so that the other ranks' deadlines do not pass on a slow disk.
-    ///
-    /// # Errors
-    /// Every rank returns the error:
-    /// * [`Error::Io`] with the path of the file: the first rank cannot write, or another save is
-    ///   writing to the folder. On all ranks but the first, `kind` is `Other`.
-    /// * [`Error::Sizes`]: no rank owns an element.
-    /// * [`Error::Invalid`]: several ranks own an element.
-    /// * [`Error::Shapes`]: ranks have a tensor in different shapes.
-    /// * [`Error::Unsupported`]: the device stores no values, or a parameter is quantized.
-    /// * The error of a collective that fails.
-    #[track_caller]
-    pub fn write<T: Element, B: Backend>(self, group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
-        let _site = Site::here().enter();
-        if !B::HAS_VALUES {
-            let reason = "the device stores no values to save";
-            return Err(Error::Unsupported { op: "save", reason: reason.into() });
-        }
-        if let Some(param) = params.iter().find(|param| param.is_quantized()) {
-            let reason = format!(
-                "{} is quantized, and safetensors has no such format: load the model dequantized to save it",
-                param.name()
-            );
-            return Err(Error::Unsupported { op: "save", reason });
-        }
-        let files = assign_files::<T>(all_tensors(group, params)?, self.max_shard);
-        let (path, disk) = (&self.folder, self.disk);
-        let mut folder = on_first_rank(group, || Folder::begin(path, disk))?;
-        let mut weight_map = serde_json::Map::new();
-        let mut bytes = 0;
-        for (at, file) in files.iter().enumerate() {
-            let mut tensors = Vec::new();
-            for (name, shape) in file {
-                bytes += shape.len() * size_of::<T>();
-                let mut host = Vec::new();
-                gather(group, params, name, *shape, folder.is_some().then_some(&mut host))?;
-                tensors.push((name.clone(), *shape, host, (self.transposed)(name)));
-            }
-            let shard =
-                folder.as_ref().filter(|_| files.len() > 1).map(|folder| folder.data_name(at, files.len()));
-            if let Some(shard) = &shard {
-                weight_map.extend(file.iter().map(|(name, _)| (name.clone(), shard.clone().into())));
-            }
-            let (folder, has_config) = (&folder, self.config.is_some());
-            on_first_rank(group, || match folder {
-                Some(folder) => write_file(folder, shard.as_deref(), has_config, tensors),
-                None => Ok(()),
-            })?;
-        }
-        let index = (files.len() > 1).then_some((weight_map, bytes));
-        let (folder, config) = (&mut folder, self.config.as_deref());
-        on_first_rank(group, || match folder {
-            Some(folder) => folder.commit(index, config),
-            None => Ok(()),
-        })?;
-        Ok(())
-    }
-}
-
-/// Writes one of several files, with name `shard`, or the only file if `shard` is `None`.
-fn write_file<T: Element>(
-    folder: &Folder,
-    shard: Option<&str>,
-    has_config: bool,
-    mut tensors: Vec<(String, Shape, Vec<T>, bool)>,
-) -> Result<()> {
-    for (_, shape, elements, transposed) in &mut tensors {
-        if let (&[rows, cols], true) = (shape.dims(), *transposed) {
-            *elements = transpose(elements, rows, cols);
-            *shape = [cols, rows].into();
-        }
-    }
-    let views = tensors
-        .iter()
-        .map(|(name, shape, elements, _)| (name.clone(), *shape, T::any_ref::<Cpu>(elements.as_slice())));
-    match shard {
-        Some(shard) => folder.write_shard(shard, views),
-        None => folder.write_single(has_config, views),
-    }
-}
-
-fn transpose<T: Element>(from: &[T], rows: usize, cols: usize) -> Vec<T> {
-    (0..cols).flat_map(|col| (0..rows).map(move |row| from[row * cols + col])).collect()
-}
-
-/// Assigns tensors, in order, to files of at most `max` bytes of tensors.
-fn assign_files<T>(tensors: Vec<(String, Shape)>, max: usize) -> Vec<Vec<(String, Shape)>> {
-    let size = |shape: &Shape| shape.len().saturating_mul(size_of::<T>());
-    let mut files = vec![Vec::new()];
-    let mut bytes = 0_usize;
-    for (name, shape) in tensors {
-        let more = bytes.saturating_add(size(&shape));
-        if more > max && bytes > 0 {
-            files.push(Vec::new());
-            bytes = 0;
-        }
-        bytes = bytes.saturating_add(size(&shape));
-        files.last_mut().expect("there is always a file").push((name, shape));
-    }
-    files
-}
-
 /// Returns the tensors of the model: the tensors of the first rank in its order, then the tensors
 /// that only later ranks have. Checks that each element has exactly one owner.
-fn all_tensors<T: Element, B: Backend>(
+pub(super) fn all_tensors<T: Element, B: Backend>(
     group: &Group<B>,
     params: &[Param<T, B>],
 ) -> Result<Vec<(String, Shape)>> {
@@ -308,7 +97,7 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
 
 /// Gathers one tensor, a few rows at a time. On the rank where `host` is given, appends the tensor
 /// to `host`.
-fn gather<T: Element, B: Backend>(
+pub(super) fn gather<T: Element, B: Backend>(
     group: &Group<B>,
     params: &[Param<T, B>],
     name: &str,
@@ -362,7 +151,7 @@ fn gather<T: Element, B: Backend>(
 ///
 /// Collectives: an all-reduce of one number every [`HEARTBEAT`] and at the end. After a failure,
 /// two broadcasts.
-fn on_first_rank<R: Send, B: Backend>(
+pub(super) fn on_first_rank<R: Send, B: Backend>(
     group: &Group<B>,
     work: impl FnOnce() -> Result<R> + Send,
 ) -> Result<Option<R>> {

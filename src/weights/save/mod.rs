@@ -1,0 +1,193 @@
+//! Saving a sharded model: the first rank collects the shards and writes them to a [`Folder`]. Of
+//! this module, only this folder uses groups.
+
+mod gather;
+mod tensors;
+
+use super::{Packed, disk::Disk, folder::Folder};
+use crate::{
+    comm::Group,
+    device::Element,
+    error::{Error, Result, Site},
+    kernels::Backend,
+    tensor::Param,
+};
+use gather::{all_tensors, gather, on_first_rank};
+use std::path::{Path, PathBuf};
+use tensors::{Written, assign_files, check_formats, copied, write_file, written};
+
+/// The default of [`Save::max_shard`].
+const MAX_SHARD: usize = 4 << 30;
+
+/// Saves parameters to a folder with the defaults of [`Save`] and without a configuration.
+///
+/// ```
+/// use shardwise::{
+///     launch,
+///     parallel::{Bias, ColumnLinear, Columns, Layer},
+///     tensor::{Random, Weights},
+///     weights::{self, Checkpoint},
+/// };
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let folder = folder.path().join("layer");
+/// launch::threads(2, |world| {
+///     let (source, columns) = (Random::normal(1, 0.02), Columns::even(&world, 6)?);
+///     let weights = Weights::new(&source);
+///     let fc = weights.at("fc");
+///     let layer = ColumnLinear::<f32, _>::load(&world, &fc, 4, &columns, Bias::None)?;
+///     weights::save(&world, &layer.params(), &folder)
+/// })?;
+/// assert_eq!(Checkpoint::open(&folder)?.shape("fc.weight")?, [6, 4]);
+/// # Ok::<(), shardwise::Error>(())
+/// ```
+///
+/// # Errors
+/// As [`Save::write`].
+#[track_caller]
+pub fn save<T: Element, B: Backend>(
+    group: &Group<B>,
+    params: &[Param<T, B>],
+    folder: impl AsRef<Path>,
+) -> Result<()> {
+    Save::new(folder).write(group, params)
+}
+
+/// Saves a sharded model as one checkpoint, which any number of ranks can read.
+///
+/// Creates the folder if it does not exist. Writes `model.safetensors` if one file can hold all
+/// tensors ([`Save::max_shard`]). Otherwise writes files `model-<id>-00001-of-00003.safetensors`, …
+/// and `model.safetensors.index.json`, where `<id>` is unique to the save. Writes `config.json` if
+/// a configuration is given. Transformers can read these files too.
+///
+/// **Atomicity.** An existing checkpoint stays until the new one is complete on the disk, and is
+/// then replaced at once. If the save fails, for example because the disk is full, or if the
+/// process is killed, [`Checkpoint::open`] and [`ModelConfig::read`] find the tensors and the
+/// configuration of the old checkpoint, or those of the new one, but never a mixture. The next save
+/// removes the files of a killed save. Other readers open only `config.json`. If the process is
+/// killed between two renames, other readers find new weights with the old configuration until the
+/// next save.
+///
+/// The files of the old checkpoint are removed, including files `model-00001-of-00003.safetensors`
+/// of other programs. Files with other names stay.
+///
+/// A save to a folder fails while another save holds the folder's file lock. On a file system
+/// without locks, saves to one folder must not overlap, because no save detects the other.
+///
+/// [`Checkpoint::open`]: super::Checkpoint::open
+/// [`ModelConfig::read`]: crate::models::ModelConfig::read
+pub struct Save<'a> {
+    folder: PathBuf,
+    config: Option<String>,
+    transposed: Box<dyn Fn(&str) -> bool + 'a>,
+    packed: Option<&'a Packed>,
+    max_shard: usize,
+    disk: Disk,
+}
+
+impl<'a> Save<'a> {
+    /// Starts a save to a folder.
+    pub fn new(folder: impl AsRef<Path>) -> Self {
+        Self {
+            folder: folder.as_ref().into(),
+            config: None,
+            transposed: Box::new(|_| false),
+            packed: None,
+            max_shard: MAX_SHARD,
+            disk: Disk::default(),
+        }
+    }
+
+    /// Sets the text of `config.json`. Without it, an existing `config.json` stays.
+    pub fn config(self, json: impl Into<String>) -> Self {
+        Self { config: Some(json.into()), ..self }
+    }
+
+    /// Sets which matrices are stored as `[in, out]`. `names` returns true for the name of such a
+    /// matrix.
+    pub fn transposed(self, names: impl Fn(&str) -> bool + 'a) -> Self {
+        Self { transposed: Box::new(names), ..self }
+    }
+
+    /// Copies the quantized matrices from the checkpoint that they were loaded from, byte by byte:
+    /// quantized weights are frozen. Every rank has to set the same checkpoint, whose files only
+    /// the first rank reads.
+    pub fn packed(self, source: &'a Packed) -> Self {
+        Self { packed: Some(source), ..self }
+    }
+
+    /// Sets the maximal size of a file in bytes of tensors, by default 4 GiB. A tensor larger than
+    /// `bytes` has a file of its own.
+    pub fn max_shard(self, bytes: usize) -> Self {
+        Self { max_shard: bytes, ..self }
+    }
+
+    /// Saves these parameters. Every rank of the group has to call this. The first rank writes.
+    ///
+    /// Exactly one rank of the group has to own each element of the model. The group may be a
+    /// tensor-parallel group or the group of a whole pipeline, but not a data-parallel group. The
+    /// group reduces a few rows of one tensor at a time. So the first rank holds at most the
+    /// tensors of one file, and the other ranks hold only their shards.
+    ///
+    /// Collectives: two broadcasts from each rank, of the list of regions that the rank owns.
+    /// All-reduces of every element. Ranks that do not own an element contribute −0, because adding
+    /// −0 keeps all bits. While the first rank writes, an all-reduce of one number at least every
+    /// 50 ms, so that the other ranks' deadlines do not pass on a slow disk.
+    ///
+    /// # Errors
+    /// Every rank returns the error:
+    /// * [`Error::Io`] with the path of the file: the first rank cannot write, or another save is
+    ///   writing to the folder. On all ranks but the first, `kind` is `Other`.
+    /// * [`Error::Sizes`]: no rank owns an element.
+    /// * [`Error::Invalid`]: several ranks own an element.
+    /// * [`Error::Shapes`]: ranks have a tensor in different shapes.
+    /// * [`Error::Unsupported`]: the device stores no values, or a parameter is quantized and not
+    ///   in the checkpoint of [`Save::packed`].
+    /// * The error of a collective that fails.
+    #[track_caller]
+    pub fn write<T: Element, B: Backend>(self, group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
+        let _site = Site::here().enter();
+        if !B::HAS_VALUES {
+            let reason = "the device stores no values to save";
+            return Err(Error::Unsupported { op: "save", reason: reason.into() });
+        }
+        check_formats(self.packed, params)?;
+        let tensors = all_tensors(group, params)?.into_iter();
+        let tensors = tensors.flat_map(|(name, shape)| written::<T>(self.packed, name, shape));
+        let files = assign_files(tensors.collect(), self.max_shard);
+        let (path, disk) = (&self.folder, self.disk);
+        let mut folder = on_first_rank(group, || Folder::begin(path, disk))?;
+        let mut weight_map = serde_json::Map::new();
+        let mut bytes = 0;
+        for (at, file) in files.iter().enumerate() {
+            let mut tensors = Vec::new();
+            for Written { name, shape, size, copied } in file {
+                bytes += size;
+                let mut host = Vec::new();
+                if copied.is_none() {
+                    gather(group, params, name, *shape, folder.is_some().then_some(&mut host))?;
+                }
+                tensors.push((name.clone(), *shape, host, (self.transposed)(name)));
+            }
+            let shard =
+                folder.as_ref().filter(|_| files.len() > 1).map(|folder| folder.data_name(at, files.len()));
+            if let Some(shard) = &shard {
+                weight_map.extend(file.iter().map(|of| (of.name.clone(), shard.clone().into())));
+            }
+            let (folder, has_config, packed) = (&folder, self.config.is_some(), self.packed);
+            on_first_rank(group, || match folder {
+                Some(folder) => {
+                    let copied = copied(packed, file)?;
+                    write_file(folder, shard.as_deref(), has_config, (tensors, &copied))
+                }
+                None => Ok(()),
+            })?;
+        }
+        let index = (files.len() > 1).then_some((weight_map, bytes));
+        let (folder, config) = (&mut folder, self.config.as_deref());
+        on_first_rank(group, || match folder {
+            Some(folder) => folder.commit(index, config),
+            None => Ok(()),
+        })?;
+        Ok(())
+    }
+}
