@@ -626,7 +626,7 @@ fn quantized_weights_are_frozen() {
         assert_eq!(params[0].value()?.to_vec()?, frozen);
         let saved = weights::save(&alone, &params, folder.path().join(group.rank().to_string()));
         let error = saved.unwrap_err().to_string();
-        assert!(error.contains("up.weight is quantized"), "{error}");
+        assert!(error.contains("`up.weight` is quantized"), "{error}");
         let set = params[0].set(params[0].value()?).unwrap_err().to_string();
         assert!(set.contains("no dense store"), "{set}");
         Ok(())

@@ -5,7 +5,7 @@ use super::x86::{Avx2, Vnni, with_avx2, with_vnni};
 use super::{
     Quantized, QuantizedShape, ReadBlocks, check, check_rows,
     lanes::Portable,
-    panel::{self, Panels, ROWS},
+    panel::{self, Panels, ROWS, narrow},
     product::Product,
     rows::Rows,
 };
@@ -30,12 +30,6 @@ impl fmt::Debug for CpuQuantized {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CpuQuantized({:?})", self.panels.shape)
     }
-}
-
-/// Rounds an f32 to the nearest element.
-#[inline(always)]
-fn narrow<T: Element>(value: f32) -> T {
-    T::narrow(T::Acc::from_f64(value.into()))
 }
 
 /// The instructions of a product.
@@ -140,9 +134,7 @@ impl<T: Element> Kernel for Dequantize<'_, '_, T> {
             let y = self.y.row(at);
             match row {
                 NO_ROW => y.fill(T::default()),
-                row => self.panels.row(row as usize, &self.columns, |columns, values| {
-                    y[columns].iter_mut().zip(values).for_each(|(y, value)| *y = narrow(*value));
-                }),
+                row => self.panels.row(row as usize, &self.columns, y),
             }
         }
     }

@@ -301,11 +301,15 @@ impl Chunk {
         let [left, right] = self.factors.unwrap_or([1; 2]);
         let (left, right) = (d * f32::from(left), d * f32::from(right));
         let mut values = [0.0; CHUNK];
-        for (column, (value, code)) in values.iter_mut().zip(&self.codes).enumerate() {
-            let scale = if column < CHUNK / 2 { left } else { right };
-            let number = if self.is_float { e4m3(*code) } else { (i32::from(*code) - self.offset) as f32 };
-            *value = scale * number;
+        let numbers = values.iter_mut().zip(&self.codes);
+        if self.is_float {
+            numbers.for_each(|(value, code)| *value = e4m3(*code));
+        } else {
+            numbers.for_each(|(value, code)| *value = (i32::from(*code) - self.offset) as f32);
         }
+        let (first, second) = values.split_at_mut(CHUNK / 2);
+        first.iter_mut().for_each(|value| *value *= left);
+        second.iter_mut().for_each(|value| *value *= right);
         if let Some(m) = m {
             let minimum = self.minimum_factor.map_or(m, |factor| -(m * f32::from(factor)));
             values.iter_mut().for_each(|value| *value += minimum);

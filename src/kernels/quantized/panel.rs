@@ -19,7 +19,10 @@ use super::{
     Format, GroupSize, QuantizedShape,
     format::{CHUNK, Chunk},
 };
-use crate::{device::zeroed, error::Result};
+use crate::{
+    device::{Element, zeroed},
+    error::Result,
+};
 use half::f16;
 use std::ops::Range;
 
@@ -292,27 +295,29 @@ impl Panels {
 
     #[inline(always)]
     fn codes(&self, row: usize, chunk: usize) -> [u8; CHUNK] {
+        // Words of four codes, because loops over bytes are not vectorized here.
+        const LOW: u32 = 0x0f0f_0f0f;
         let (row, lines) = (row % ROWS, &self.codes[self.lines(row, chunk)]);
-        let mut codes = [0; CHUNK];
+        let word = |line: &Line| u32::from_le_bytes(*line.row(row));
+        let mut words = [0; CHUNK / 4];
         if self.layout.bits == 8 {
-            let quads = codes.as_chunks_mut::<4>().0;
-            lines.iter().zip(quads).for_each(|(line, quad)| *quad = *line.row(row));
-            return codes;
-        }
-        let (low, high) = codes.split_at_mut(CHUNK / 2);
-        for (line, (low, high)) in
-            lines.iter().zip(low.as_chunks_mut::<4>().0.iter_mut().zip(high.as_chunks_mut::<4>().0))
-        {
-            for (byte, (low, high)) in line.row(row).iter().zip(low.iter_mut().zip(high)) {
-                (*low, *high) = (byte & 15, byte >> 4);
+            words.iter_mut().zip(lines).for_each(|(codes, line)| *codes = word(line));
+        } else {
+            let (low, high) = words.split_at_mut(CHUNK / 8);
+            for (line, (low, high)) in lines.iter().zip(low.iter_mut().zip(high)) {
+                (*low, *high) = (word(line) & LOW, word(line) >> 4 & LOW);
+            }
+            for (bit, plane) in lines.iter().enumerate().skip(4) {
+                for (at, codes) in words.iter_mut().enumerate() {
+                    let bits = u32::from(plane.0[8 * at + row / 2] >> (4 * (row % 2)) & 15);
+                    // Moves bit i to byte i.
+                    *codes |= (bits.wrapping_mul(0x0020_4081) & 0x0101_0101) << bit;
+                }
             }
         }
-        for (bit, plane) in lines.iter().enumerate().skip(4) {
-            for (word, quad) in codes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                let bits = plane.0[8 * word + row / 2] >> (4 * (row % 2));
-                quad.iter_mut().enumerate().for_each(|(column, code)| *code |= (bits >> column & 1) << bit);
-            }
-        }
+        let mut codes = [0; CHUNK];
+        let quads = codes.as_chunks_mut::<4>().0;
+        quads.iter_mut().zip(words).for_each(|(quad, word)| *quad = word.to_le_bytes());
         codes
     }
 
@@ -367,23 +372,28 @@ impl Panels {
         values
     }
 
-    /// Passes the weights of some columns of a row to `visit` in order: the range of their
-    /// positions among these columns, and their values. Columns count from the first that the
-    /// panels have.
+    /// Computes the weights of some columns of a row. Columns count from the first that the panels
+    /// have.
     #[inline(always)]
-    pub(super) fn row(
-        &self,
-        row: usize,
-        columns: &Range<usize>,
-        mut visit: impl FnMut(Range<usize>, &[f32]),
-    ) {
+    pub(super) fn row<T: Element>(&self, row: usize, columns: &Range<usize>, y: &mut [T]) {
         let first = self.shape.columns.start;
         let (from, to) = (first + columns.start, first + columns.end);
         for chunk in from / CHUNK..to.div_ceil(CHUNK) {
-            let values = self.values(row, chunk);
-            let start = chunk * CHUNK;
+            let (values, start) = (self.values(row, chunk), chunk * CHUNK);
             let own = from.max(start)..to.min(start + CHUNK);
-            visit(own.start - from..own.end - from, &values[own.start - start..own.end - start]);
+            let y = &mut y[own.start - from..own.end - from];
+            if let Ok(y) = <&mut [T; CHUNK]>::try_from(&mut *y) {
+                y.iter_mut().zip(values).for_each(|(y, value)| *y = narrow(value));
+            } else {
+                let values = &values[own.start - start..own.end - start];
+                y.iter_mut().zip(values).for_each(|(y, value)| *y = narrow(*value));
+            }
         }
     }
+}
+
+/// Rounds an f32 to the nearest element.
+#[inline(always)]
+pub(super) fn narrow<T: Element>(value: f32) -> T {
+    T::narrow(T::Acc::from_f64(value.into()))
 }
