@@ -7,6 +7,7 @@ use shardwise::{
         Goal, Job, Limits, Machine, Plan, Preview, Run, Strategy, Verdict, parts, plan, plan_within, predict,
     },
     shard::Heads,
+    weights::{Packing, PackingMethod},
 };
 
 fn machine(ranks: usize) -> Machine {
@@ -257,6 +258,10 @@ fn bad_jobs_are_refused_with_what_would_work() {
         let got = text(&job, &machine(1), &limits);
         assert!(got.contains(words), "{got}");
     }
+    let mut quantized = config.clone();
+    quantized.packing = Some(Packing { method: PackingMethod::Awq, tiles: Vec::new() });
+    let got = text(&Job::serve(quantized, dtype, 8, TOKENS), &machine(1), &limits);
+    assert!(got.contains("the checkpoint is quantized"), "{got}");
     let mut endless = machine(2);
     endless.rates[0].launch = 1e308;
     let serve = Job::serve(config.clone(), dtype, 8, TOKENS);

@@ -121,6 +121,11 @@ fn check(job: &Job, machine: &Machine, limits: &Limits) -> Result<()> {
             return Err(Error::invalid(OP, format!("a step with {size} {what}; at most {most} are planned")));
         }
     }
+    if job.model.packing.is_some() {
+        let reason = "the checkpoint is quantized, and plans count dense weights: plan the model without \
+                      `quantization_config`";
+        return Err(Error::Unsupported { op: OP, reason: reason.into() });
+    }
     if let Some(positions) = job.model.positions.filter(|&positions| positions < tokens) {
         let reason = format!(
             "sequences of {tokens} tokens, but the model has {positions} positions: use at most {positions} tokens"
