@@ -67,7 +67,8 @@ impl Quantized for Cpu {
         let start = shape.columns.start;
         let work = x.rows() * x.cols() * shape.rows;
         self.count(2 * work as u128);
-        let x = Rows::quantize(x, &(start + columns.start..start + columns.end))?;
+        let columns = start + columns.start..start + columns.end;
+        let x = if w.layout.is_float { Rows::widen(x, &columns)? } else { Rows::quantize(x, &columns)? };
         let panels = shape.rows.div_ceil(ROWS);
         let threads = if work < PARALLEL { 1 } else { self.threads().min(panels) };
         let mut store = |row: usize, panel: usize, sums: &[f32; ROWS]| {
@@ -130,11 +131,12 @@ impl<T: Element> Kernel for Dequantize<'_, '_, T> {
 
     #[inline(always)]
     fn compute(mut self) {
+        let mut groups = Vec::new();
         for (at, &row) in self.rows.iter().enumerate() {
             let y = self.y.row(at);
             match row {
                 NO_ROW => y.fill(T::default()),
-                row => self.panels.row(row as usize, &self.columns, y),
+                row => self.panels.row(row as usize, &self.columns, &mut groups, y),
             }
         }
     }
@@ -208,7 +210,7 @@ mod tests {
 
     #[test]
     fn all_instructions_give_the_same_bits() {
-        for format in Format::ALL.into_iter().filter(|format| format.is_integer()) {
+        for format in Format::ALL {
             let columns = 5..5 + 2 * format.weights() + 9;
             let shape = QuantizedShape { format, rows: 37, columns: columns.clone(), order: None };
             let blocks = random_blocks(format, 37 * shape.blocks().len(), 3);
@@ -225,7 +227,9 @@ mod tests {
             x[columns.len() + 7] = f32::INFINITY;
             x[2 * columns.len()..3 * columns.len()].fill(0.0);
             x[3 * columns.len()..4 * columns.len()].fill(1e-42);
-            let rows = Rows::quantize(MatRef::new(&x[..], 11, columns.len()).unwrap(), &columns).unwrap();
+            let of_x = MatRef::new(&x[..], 11, columns.len()).unwrap();
+            let rows =
+                if format.is_integer() { Rows::quantize } else { Rows::widen }(of_x, &columns).unwrap();
             let product = |instructions| {
                 let mut y = vec![f32::MAX; 11 * 48];
                 multiply(instructions, (&weights, &rows, 0..3), &mut |row, panel, sums| {

@@ -1,7 +1,10 @@
 //! SIMD vectors for products with quantized weights. One vector has a lane for each of the 16 rows
 //! of a panel.
 
-use super::panel::{Line, ROWS};
+use super::{
+    format::e4m3,
+    panel::{Line, ROWS},
+};
 use half::f16;
 
 /// Instructions for vectors of 16 lanes.
@@ -38,6 +41,9 @@ pub(super) trait Lanes: Copy {
     /// As [`Lanes::dot`] for codes of 8 bits. Subtracts 128 from the codes if
     /// [`Lanes::BYTES_ARE_SIGNED`].
     fn dot_bytes(self, sums: Self::Ints, codes: Self::Codes, x: i32) -> Self::Ints;
+
+    /// The numbers (e4m3) of one of the four columns. No code is NaN.
+    fn e4m3(self, line: &Line, column: usize) -> Self::Floats;
 
     /// The same integer in each lane.
     fn int(self, value: i32) -> Self::Ints;
@@ -117,6 +123,11 @@ impl Lanes for Portable {
     #[inline(always)]
     fn dot_bytes(self, sums: [i32; ROWS], codes: [u8; 64], x: i32) -> [i32; ROWS] {
         self.dot(sums, codes, x)
+    }
+
+    #[inline(always)]
+    fn e4m3(self, line: &Line, column: usize) -> [f32; ROWS] {
+        std::array::from_fn(|row| e4m3(line.0[4 * row + column]))
     }
 
     #[inline(always)]

@@ -37,8 +37,8 @@ pub enum Activations {
     Int8,
     /// Leave the activations as they are, and dequantize the weights before each product.
     ///
-    /// Products with [`Format::Fp8`], and with groups that are not consecutive columns
-    /// ([`ColumnGroups`]), are always computed in this way.
+    /// This holds in any case for groups that are not consecutive columns ([`ColumnGroups`]).
+    /// Products with [`Format::Fp8`] leave the activations as they are in any case.
     Exact,
 }
 
@@ -73,8 +73,8 @@ impl QuantizedShape {
         self.format.row_bytes(self.columns.clone(), self.order.as_ref().map(|order| order.groups))
     }
 
-    /// Whether products with activations of 8 bits are possible.
-    pub fn multiplies_integers(&self) -> bool {
+    /// Whether a product rounds activations to 8 bits, if [`Activations`] asks for it.
+    pub fn rounds_activations(&self) -> bool {
         self.order.is_none() && self.format.is_integer()
     }
 
@@ -130,14 +130,15 @@ pub trait Quantized: Gemm + Pointwise {
     /// The shape of a quantized matrix.
     fn quantized_shape(w: &Self::QuantizedMatrix) -> &QuantizedShape;
 
-    /// y ← x wᵀ, with x quantized to 8 bits. `columns` are the columns of w that x has, counted
+    /// y ← x wᵀ, with x quantized to 8 bits or, for FP8 weights, in f32. `columns` are the columns of w that x has, counted
     /// from the first that w has.
     ///
     /// `x`: `[tokens, columns]`, `y`: `[tokens, rows of w]`. The sum of an element of y has the
     /// same order for any number of tokens, and is rounded once to `C`.
     ///
     /// # Errors
-    /// When sizes disagree, or the elements of x are f64, whose precision would be lost.
+    /// When sizes disagree, the elements of x are f64, whose precision would be lost, or the groups
+    /// of w are not consecutive columns.
     fn quantized_product<T: Element, C: Element>(
         &self,
         x: MatRef<'_, T, Self>,
@@ -177,10 +178,9 @@ fn check<T: Element, C: Element, B: Quantized>(
             "the activations are f64, which 8 bits would make far less precise: use `Activations::Exact`";
         return Err(Error::Unsupported { op: OP, reason: reason.into() });
     }
-    if !w.multiplies_integers() {
-        let what = if w.order.is_some() { " whose groups are not consecutive columns" } else { "" };
-        let reason = format!("weights in {}{what} need `Activations::Exact`", w.format);
-        return Err(Error::Unsupported { op: OP, reason });
+    if w.order.is_some() {
+        let reason = "the groups of w are not consecutive columns: dequantize w";
+        return Err(Error::Unsupported { op: OP, reason: reason.into() });
     }
     check_columns(OP, w, columns)?;
     unit_columns(OP, x.dims())?;

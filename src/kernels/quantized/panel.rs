@@ -16,12 +16,12 @@
 //! If the groups of a matrix are not consecutive columns, a shard holds the scales of all groups.
 
 use super::{
-    Format, GroupSize, QuantizedShape,
+    Format, GroupSize, OP, QuantizedShape,
     format::{CHUNK, Chunk},
 };
 use crate::{
     device::{Element, zeroed},
-    error::Result,
+    error::{Error, Result},
 };
 use half::f16;
 use std::ops::Range;
@@ -180,7 +180,7 @@ impl Panels {
             read(own.clone(), bytes)?;
             for (row, bytes) in own.zip(bytes.chunks_exact(row_bytes.max(1))) {
                 match panels.shape.order.as_ref().map(|order| order.groups) {
-                    None => panels.set_row(row, bytes),
+                    None => panels.set_row(row, bytes)?,
                     Some(groups) => panels.set_ordered_row(row, bytes, groups),
                 }
             }
@@ -189,14 +189,21 @@ impl Panels {
     }
 
     /// Sets a row from its blocks.
-    fn set_row(&mut self, row: usize, bytes: &[u8]) {
+    fn set_row(&mut self, row: usize, bytes: &[u8]) -> Result<()> {
         let (format, span, first) = (self.shape.format, self.layout.span, self.shape.blocks().start);
         for chunk in self.shape.chunks() {
             let block = chunk / span - first;
             let from = format.chunk(&bytes[block * format.bytes()..][..format.bytes()], chunk % span);
+            // Products do not look for NaN.
+            let is_nan = |code: &u8| from.is_float && code & 0x7f == 0x7f;
+            if let Some(at) = from.codes.iter().position(is_nan) {
+                let reason = format!("row {row}, column {} of FP8 weights is NaN", chunk * CHUNK + at);
+                return Err(Error::invalid(OP, reason));
+            }
             self.set_codes(row, chunk, &from.codes);
             self.set_scales(row, (block, chunk % span), &from);
         }
+        Ok(())
     }
 
     /// Sets a row from the scales of its groups and the codes of its chunks.
@@ -356,32 +363,39 @@ impl Panels {
         }
     }
 
-    /// Returns the weights of a chunk of a row.
-    #[inline(always)]
-    fn values(&self, row: usize, chunk: usize) -> [f32; CHUNK] {
-        let Some(order) = &self.shape.order else { return self.get(row, chunk).values() };
-        let (codes, first) = (self.codes(row, chunk), self.shape.columns.start);
-        let mut values = [0.0; CHUNK];
-        for (column, (value, code)) in (chunk * CHUNK..).zip(values.iter_mut().zip(codes)) {
-            // Columns that the panels do not have stay 0.
-            if let Some(&group) = column.checked_sub(first).and_then(|column| order.of.get(column)) {
-                let (d, zero) = self.scale_and_zero(row, group as usize);
-                *value = d * (i32::from(code) - i32::from(zero)) as f32;
-            }
-        }
-        values
-    }
-
     /// Computes the weights of some columns of a row. Columns count from the first that the panels
-    /// have.
+    /// have. `groups` is memory for the numbers of the row's groups.
     #[inline(always)]
-    pub(super) fn row<T: Element>(&self, row: usize, columns: &Range<usize>, y: &mut [T]) {
+    pub(super) fn row<T: Element>(
+        &self,
+        row: usize,
+        columns: &Range<usize>,
+        groups: &mut Vec<[f32; 2]>,
+        y: &mut [T],
+    ) {
         let first = self.shape.columns.start;
         let (from, to) = (first + columns.start, first + columns.end);
+        groups.clear();
+        if let Some(order) = &self.shape.order {
+            groups.extend((0..order.groups).map(|group| {
+                let (scale, zero) = self.scale_and_zero(row, group);
+                [scale, zero.into()]
+            }));
+        }
         for chunk in from / CHUNK..to.div_ceil(CHUNK) {
-            let (values, start) = (self.values(row, chunk), chunk * CHUNK);
+            let start = chunk * CHUNK;
             let own = from.max(start)..to.min(start + CHUNK);
             let y = &mut y[own.start - from..own.end - from];
+            if let Some(order) = &self.shape.order {
+                let codes = &self.codes(row, chunk)[own.start - start..own.end - start];
+                let of = &order.of[own.start - first..own.end - first];
+                for ((y, code), group) in y.iter_mut().zip(codes).zip(of) {
+                    let [scale, zero] = groups[*group as usize];
+                    *y = narrow(scale * (f32::from(*code) - zero));
+                }
+                continue;
+            }
+            let values = self.get(row, chunk).values();
             if let Ok(y) = <&mut [T; CHUNK]>::try_from(&mut *y) {
                 y.iter_mut().zip(values).for_each(|(y, value)| *y = narrow(value));
             } else {

@@ -1,4 +1,5 @@
-//! y = x wᵀ with quantized x and w, in integers within a chunk and in f32 over the chunks.
+//! y = x wᵀ with quantized x and w, in integers within a chunk and in f32 over the chunks. With FP8
+//! weights, x is not quantized, and a chunk is a sum in f32 too.
 //!
 //! y = Σ over chunks, in ascending order, of d_w d_x S + m d_x Σ q_x. S = Σ (q_w − offset) q_x is
 //! exact. Each chunk is added by fused multiply-adds, so the bits of an element of y are the same
@@ -57,7 +58,10 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Kernel for Product<'_, L, F
                 let span = self.weights.layout.span;
                 self.all(Layout { span, ..const { Layout::of(Format::Int8(GroupSize::G32)) } })
             }
-            Format::Fp8(_) => unreachable!("refused by `check`"),
+            Format::Fp8(_) => {
+                let span = self.weights.layout.span;
+                self.all(Layout { span, ..const { Layout::of(Format::Fp8(GroupSize::G32)) } })
+            }
         }
     }
 }
@@ -111,6 +115,56 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Product<'_, L, F> {
     /// Computes 16 columns of N rows of y.
     #[inline(always)]
     fn tile<const N: usize>(&mut self, layout: Layout, at: usize, first: usize) {
+        if layout.is_float {
+            self.float_tile::<N>(layout, at, first);
+        } else {
+            self.integer_tile::<N>(layout, at, first);
+        }
+    }
+
+    /// Each chunk is a sum in ascending order of its columns, then multiplied by d and added.
+    #[inline(always)]
+    fn float_tile<const N: usize>(&mut self, layout: Layout, at: usize, first: usize) {
+        let (lanes, panel) = (self.lanes, self.weights.panel(at));
+        let mut rows = [self.x.numbers(first); N];
+        for (token, row) in rows.iter_mut().enumerate() {
+            *row = self.x.numbers(first + token);
+        }
+        let mut sums = [lanes.float(0.0); N];
+        for (index, chunk) in self.x.chunks.clone().enumerate() {
+            let lines = (chunk - panel.first_chunk) * layout.lines();
+            let codes = &panel.codes[lines..][..layout.lines()];
+            if N <= 2 {
+                prefetch(codes.as_ptr().cast::<u8>().wrapping_add(AHEAD));
+            }
+            let mut x = [&rows[0][index]; N];
+            for (x, row) in x.iter_mut().zip(rows) {
+                *x = &row[index];
+            }
+            let mut dots = [lanes.float(0.0); N];
+            for (at, line) in codes.iter().enumerate() {
+                for column in 0..4 {
+                    let w = lanes.e4m3(line, column);
+                    for token in 0..N {
+                        let x = lanes.float(x[token][4 * at + column]);
+                        dots[token] = lanes.multiply_add(w, x, dots[token]);
+                    }
+                }
+            }
+            let block = chunk / layout.span - panel.first_chunk / layout.span;
+            let scale = panel.scales[block * layout.scales()..].first_chunk();
+            let scale = lanes.floats(scale.expect("16 numbers of four bytes"));
+            for token in 0..N {
+                sums[token] = lanes.multiply_add(scale, dots[token], sums[token]);
+            }
+        }
+        for (token, sum) in sums.iter().enumerate() {
+            (self.store)(first + token, at, &lanes.store(*sum));
+        }
+    }
+
+    #[inline(always)]
+    fn integer_tile<const N: usize>(&mut self, layout: Layout, at: usize, first: usize) {
         let (lanes, panel) = (self.lanes, self.weights.panel(at));
         // Loops, because `array::from_fn` is a call in builds without link-time optimization.
         let mut rows = [self.x.row(first); N];

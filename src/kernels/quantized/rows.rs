@@ -13,8 +13,11 @@ use std::ops::Range;
 ///
 /// Chunks start at multiples of 32 columns of the *whole* tensor. The columns that a rank, or a
 /// leaf of a sum, does not hold have the code 0.
+///
+/// For products with FP8 weights, rows have the numbers themselves as f32.
 pub(super) struct Rows {
     codes: Vec<XChunk>,
+    numbers: Vec<[f32; CHUNK]>,
     /// The chunks of a row.
     pub(super) chunks: Range<usize>,
     pub(super) tokens: usize,
@@ -46,35 +49,73 @@ impl Rows {
     /// When memory runs out.
     pub(super) fn quantize<T: Element>(x: MatRef<'_, T, Cpu>, columns: &Range<usize>) -> Result<Self> {
         let chunks = columns.start / CHUNK..columns.end.div_ceil(CHUNK);
-        let mut codes = zeroed::<XChunk>(x.rows().saturating_mul(chunks.len()))?;
-        // The columns of the first chunk that come before those of x.
-        let skipped = columns.start - chunks.start * CHUNK;
-        vectorized(|| {
-            for (row, codes) in codes.chunks_exact_mut(chunks.len().max(1)).enumerate() {
-                let x = x.row(row);
-                for (at, chunk) in codes.iter_mut().enumerate() {
-                    let start = at * CHUNK;
-                    let own = start.max(skipped)..(start + CHUNK).min(skipped + x.len());
-                    let mut padded = [0.0; CHUNK];
-                    let from = &x[own.start - skipped..own.end - skipped];
-                    if let Ok(from) = <&[T; CHUNK]>::try_from(from) {
-                        padded = from.map(|x| x.to_f64() as f32);
-                    } else {
-                        let to = &mut padded[own.start - start..own.end - start];
-                        to.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f64() as f32);
-                    }
-                    *chunk = quantize(&padded);
-                }
-            }
-        });
-        Ok(Self { codes, chunks, tokens: x.rows() })
+        let codes = of_chunks(
+            x,
+            columns,
+            #[inline(always)]
+            |numbers| quantize(numbers),
+        )?;
+        Ok(Self { codes, numbers: Vec::new(), chunks, tokens: x.rows() })
     }
 
-    /// The chunks of a row.
+    /// Widens rows whose columns are `columns` of the whole tensor to f32.
+    ///
+    /// # Errors
+    /// When memory runs out.
+    pub(super) fn widen<T: Element>(x: MatRef<'_, T, Cpu>, columns: &Range<usize>) -> Result<Self> {
+        let chunks = columns.start / CHUNK..columns.end.div_ceil(CHUNK);
+        let numbers = of_chunks(
+            x,
+            columns,
+            #[inline(always)]
+            |numbers| *numbers,
+        )?;
+        Ok(Self { codes: Vec::new(), numbers, chunks, tokens: x.rows() })
+    }
+
+    /// The chunks of a quantized row.
     #[inline(always)]
     pub(super) fn row(&self, row: usize) -> &[XChunk] {
         &self.codes[row * self.chunks.len()..][..self.chunks.len()]
     }
+
+    /// The chunks of a row of f32.
+    #[inline(always)]
+    pub(super) fn numbers(&self, row: usize) -> &[[f32; CHUNK]] {
+        &self.numbers[row * self.chunks.len()..][..self.chunks.len()]
+    }
+}
+
+/// Computes a function of each chunk of rows whose columns are `columns` of the whole tensor. The
+/// numbers of other columns are 0.
+fn of_chunks<T: Element, C: Copy + Default>(
+    x: MatRef<'_, T, Cpu>,
+    columns: &Range<usize>,
+    f: impl Fn(&[f32; CHUNK]) -> C,
+) -> Result<Vec<C>> {
+    let chunks = columns.start / CHUNK..columns.end.div_ceil(CHUNK);
+    let mut all = zeroed::<C>(x.rows().saturating_mul(chunks.len()))?;
+    // The columns of the first chunk that come before those of x.
+    let skipped = columns.start - chunks.start * CHUNK;
+    vectorized(|| {
+        for (row, of_row) in all.chunks_exact_mut(chunks.len().max(1)).enumerate() {
+            let x = x.row(row);
+            for (at, chunk) in of_row.iter_mut().enumerate() {
+                let start = at * CHUNK;
+                let own = start.max(skipped)..(start + CHUNK).min(skipped + x.len());
+                let mut padded = [0.0; CHUNK];
+                let from = &x[own.start - skipped..own.end - skipped];
+                if let Ok(from) = <&[T; CHUNK]>::try_from(from) {
+                    padded = from.map(|x| x.to_f64() as f32);
+                } else {
+                    let to = &mut padded[own.start - start..own.end - start];
+                    to.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_f64() as f32);
+                }
+                *chunk = f(&padded);
+            }
+        }
+    });
+    Ok(all)
 }
 
 #[inline(always)]

@@ -90,6 +90,28 @@ impl Lanes for Vnni {
     }
 
     #[inline(always)]
+    fn e4m3(self, line: &Line, column: usize) -> __m512 {
+        proven!(self, {
+            let codes = _mm512_load_si512(line.0.as_ptr().cast());
+            // The code becomes the highest byte.
+            let codes = match column {
+                0 => _mm512_slli_epi32::<24>(codes),
+                1 => _mm512_slli_epi32::<16>(codes),
+                2 => _mm512_slli_epi32::<8>(codes),
+                _ => codes,
+            };
+            // As `format::e4m3`.
+            let size = _mm512_and_si512(_mm512_srli_epi32::<4>(codes), _mm512_set1_epi32(0x7f << 20));
+            let subnormal = _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(8 << 20));
+            let normal = _mm512_castsi512_ps(_mm512_add_epi32(size, _mm512_set1_epi32(120 << 23)));
+            let (two, less) = (_mm512_set1_ps(2.0), _mm512_set1_ps(-0.015625));
+            let size = _mm512_castps_si512(_mm512_mask_fmadd_ps(normal, subnormal, two, less));
+            let sign = _mm512_and_si512(codes, _mm512_set1_epi32(i32::MIN));
+            _mm512_castsi512_ps(_mm512_or_si512(size, sign))
+        })
+    }
+
+    #[inline(always)]
     fn int(self, value: i32) -> __m512i {
         proven!(self, _mm512_set1_epi32(value))
     }
@@ -226,6 +248,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    fn e4m3(self, line: &Line, column: usize) -> [__m256; 2] {
+        let [a, b] = self.bytes(line);
+        [self.half_e4m3(a, column), self.half_e4m3(b, column)]
+    }
+
+    #[inline(always)]
     fn int(self, value: i32) -> [__m256i; 2] {
         proven!(self, [_mm256_set1_epi32(value); 2])
     }
@@ -313,6 +341,31 @@ impl Lanes for Avx2 {
             _mm256_storeu_ps(b.as_mut_ptr(), floats[1]);
         });
         to
+    }
+}
+
+impl Avx2 {
+    /// [`Lanes::e4m3`] of 8 rows.
+    #[inline(always)]
+    fn half_e4m3(self, codes: __m256i, column: usize) -> __m256 {
+        proven!(self, {
+            // The code becomes the highest byte.
+            let codes = match column {
+                0 => _mm256_slli_epi32::<24>(codes),
+                1 => _mm256_slli_epi32::<16>(codes),
+                2 => _mm256_slli_epi32::<8>(codes),
+                _ => codes,
+            };
+            // As `format::e4m3`.
+            let size = _mm256_and_si256(_mm256_srli_epi32::<4>(codes), _mm256_set1_epi32(0x7f << 20));
+            let subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(8 << 20), size);
+            let normal = _mm256_castsi256_ps(_mm256_add_epi32(size, _mm256_set1_epi32(120 << 23)));
+            let (two, less) = (_mm256_set1_ps(2.0), _mm256_set1_ps(-0.015625));
+            let small = _mm256_fmadd_ps(normal, two, less);
+            let size = _mm256_blendv_ps(normal, small, _mm256_castsi256_ps(subnormal));
+            let sign = _mm256_and_si256(codes, _mm256_set1_epi32(i32::MIN));
+            _mm256_or_ps(size, _mm256_castsi256_ps(sign))
+        })
     }
 }
 

@@ -99,8 +99,7 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
             columns: run.columns.clone(),
             order: run.order.clone(),
         };
-        if T::DTYPE == DType::F64 && source.activations() == Activations::Int8 && shape.multiplies_integers()
-        {
+        if T::DTYPE == DType::F64 && source.activations() == Activations::Int8 && shape.rounds_activations() {
             let reason = format!(
                 "`{}` is quantized, and a product with activations of 8 bits has no precision of f64: use \
                  `Activations::Exact`",
@@ -179,7 +178,7 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
                 Part::Dense(w) => {
                     self.device.gemm(1.0, x, w.mat().columns(columns.clone()).t(), 0.0, y)?;
                 }
-                Part::Quantized(w) if self.rounds_activations(w) => {
+                Part::Quantized(w) if self.has_product(w) => {
                     self.device.quantized_product(x, w, columns.clone(), y)?;
                 }
                 Part::Quantized(w) => {
@@ -198,9 +197,14 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
         Ok(())
     }
 
-    /// Whether products with a part round activations to 8 bits.
-    fn rounds_activations(&self, w: &B::QuantizedMatrix) -> bool {
-        self.activations == Activations::Int8 && B::quantized_shape(w).multiplies_integers()
+    /// Whether products with a part do not dequantize it.
+    fn has_product(&self, w: &B::QuantizedMatrix) -> bool {
+        let shape = B::quantized_shape(w);
+        if shape.format.is_integer() {
+            self.activations == Activations::Int8 && shape.rounds_activations()
+        } else {
+            T::DTYPE != DType::F64
+        }
     }
 
     /// Dequantizes all rows.
