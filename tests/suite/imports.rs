@@ -63,6 +63,7 @@ const UNSAFE: [&str; 33] = [
     "src/kernels/loss/cuda.rs",
     "src/kernels/norm/cuda.rs",
     "src/kernels/pointwise/cuda.rs",
+    "src/kernels/quantized/cuda.rs",
     "src/kernels/quantized/x86.rs",
     "src/kernels/rope/cuda.rs",
     "src/kernels/update/cuda.rs",

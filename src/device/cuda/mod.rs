@@ -76,7 +76,7 @@ mod table;
 pub(crate) mod version;
 
 pub(crate) use families::Kernel;
-pub(crate) use launch::Grid;
+pub(crate) use launch::{Grid, Launch};
 pub(crate) use matmul::{Epilogue, Layout, Lt, Matmul, Operands};
 pub use memory::{CudaBuffer, CudaSlice, CudaSliceMut};
 pub use program::precompile;
