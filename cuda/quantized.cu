@@ -11,28 +11,30 @@ constexpr int ROWS = 16, CHUNK = 32, QUADS = CHUNK / 4;
 
 // ---- weights ----
 
-// A matrix on the device. The numbers from `bits` to `span` are those of `Layout`.
+// A matrix on the device. Chunks and columns count from the first of the first block that a row
+// has, so that their numbers have 32 bits.
 struct Weights {
-  i64 bits, offset, minimum, factors, span;
-  // The first chunk and the first block of a row that the matrix holds, and how many it holds.
-  i64 first_chunk, chunks, first_block, blocks;
+  // The numbers of `Layout`.
+  int bits, offset, minimum, factors, span;
+  // The first chunk that a row has, and how many chunks and blocks it has.
+  int first_chunk;
+  i64 chunks, blocks;
   const u32* codes;
   const u8* scales;
 
-  __device__ __forceinline__ i64 lines() const { return bits == 8 ? 8 : bits; }
-  __device__ __forceinline__ i64 halves() const { return 2 * ROWS * (1 + minimum); }
-  __device__ __forceinline__ i64 chunk_factors() const { return factors == 0 ? 0 : ROWS * (factors + minimum); }
-  __device__ __forceinline__ i64 block_bytes() const { return halves() + span * chunk_factors(); }
+  __device__ __forceinline__ int lines() const { return bits == 8 ? 8 : bits; }
+  __device__ __forceinline__ int halves() const { return 2 * ROWS * (1 + minimum); }
+  __device__ __forceinline__ int chunk_factors() const { return factors == 0 ? 0 : ROWS * (factors + minimum); }
+  __device__ __forceinline__ int block_bytes() const { return halves() + span * chunk_factors(); }
 };
 
 #define WEIGHTS \
-  i64 bits, i64 offset, i64 minimum, i64 factors, i64 span, i64 first_chunk, i64 chunks, i64 first_block, i64 blocks, \
-      const u32* codes, const u8* scales
+  i64 bits, i64 offset, i64 minimum, i64 factors, i64 span, i64 first_chunk, i64 chunks, i64 blocks, const u32* codes, const u8* scales
 #define THE_WEIGHTS \
-  Weights { bits, offset, minimum, factors, span, first_chunk, chunks, first_block, blocks, codes, scales }
+  Weights { (int)bits, (int)offset, (int)minimum, (int)factors, (int)span, (int)first_chunk, chunks, blocks, codes, scales }
 
 // The lines of codes of a chunk: 16 words each.
-__device__ __forceinline__ const u32* lines_of(const Weights& w, i64 panel, i64 chunk) {
+__device__ __forceinline__ const u32* lines_of(const Weights& w, i64 panel, u32 chunk) {
   return w.codes + (panel * w.chunks + chunk - w.first_chunk) * w.lines() * ROWS;
 }
 
@@ -55,11 +57,12 @@ struct Scales {
   int factor[2], offset;
 };
 
-__device__ __forceinline__ Scales scales_of(const Weights& w, i64 panel, i64 chunk, int row) {
-  const u8* block = w.scales + (panel * w.blocks + chunk / w.span - w.first_block) * w.block_bytes();
+__device__ __forceinline__ Scales scales_of(const Weights& w, i64 panel, u32 chunk, int row) {
+  const u32 number = chunk / (u32)w.span, of_block = chunk - number * (u32)w.span;
+  const u8* block = w.scales + (panel * w.blocks + number) * w.block_bytes();
   const f16* halves = (const f16*)block;
-  const u8* factors = block + w.halves() + chunk % w.span * w.chunk_factors() + row;
-  Scales scales = {widen(halves[row]), 0, {1, 1}, (int)w.offset};
+  const u8* factors = block + w.halves() + of_block * w.chunk_factors() + row;
+  Scales scales = {widen(halves[row]), 0, {1, 1}, w.offset};
   if (w.factors) {
     scales.factor[0] = (signed char)factors[0];
     scales.factor[1] = (signed char)factors[(w.factors - 1) * ROWS];
@@ -71,15 +74,14 @@ __device__ __forceinline__ Scales scales_of(const Weights& w, i64 panel, i64 chu
   return scales;
 }
 
-// y[i] <- the columns first .. first + cols of row ids[i], or 0 where ids[i] is NO_ROW. Columns
-// count from the first of the whole matrix.
+// y[i] <- the columns first .. first + cols of row ids[i], or 0 where ids[i] is NO_ROW.
 template <class T>
 __device__ __forceinline__ void dequantize(const Weights& w, i64 rows, i64 cols, i64 first, const u32* ids, T* y, i64 sy) {
   each<1>(rows, cols, [&](i64 at, i64 col) {
     const u32 id = ids[at];
     float value = 0;
     if (id != NO_ROW) {
-      const i64 panel = id / ROWS, chunk = (first + col) / CHUNK;
+      const u32 panel = id / ROWS, chunk = (u32)((first + col) / CHUNK);
       const int row = id % ROWS, column = (first + col) % CHUNK;
       const Scales scales = scales_of(w, panel, chunk, row);
       const u32 codes = quad_of(w, lines_of(w, panel, chunk), row, column / 4);
@@ -152,7 +154,7 @@ __device__ __forceinline__ void quantized_product(const Weights& w, i64 tokens, 
   for (i64 start = 0; start < count; start += LANES, set ^= 1) {
     const i64 at = start + lane;
     if (at < count) {
-      const i64 chunk = first + at;
+      const u32 chunk = (u32)(first + at);
       const u32* lines = lines_of(w, panel, chunk);
       u32 codes[QUADS];
 #pragma unroll

@@ -40,21 +40,26 @@ impl fmt::Debug for CudaQuantized {
 }
 
 impl CudaQuantized {
+    /// The first column of the first block that a row has. The kernels count columns from there.
+    fn origin(&self) -> usize {
+        self.shape.blocks().start * self.layout.span * CHUNK
+    }
+
     /// Prepares a launch of a kernel whose first parameters are WEIGHTS.
     fn launch<'a>(&self, cuda: &'a Cuda, kernel: Kernel, of: DType) -> Launch<'a> {
         let Layout { bits, offset, minimum, factors, span } = self.layout;
         let (chunks, blocks) = (self.shape.chunks(), self.shape.blocks());
         let offset = usize::try_from(offset).expect("offsets are not negative");
         let launch = cuda.kernel(kernel, of).ints([bits, offset, usize::from(minimum), factors, span]);
-        let launch = launch.ints([chunks.start, chunks.len(), blocks.start, blocks.len()]);
+        let launch = launch.ints([chunks.start - blocks.start * span, chunks.len(), blocks.len()]);
         launch.read(Cuda::slice(&self.codes)).read(Cuda::slice(&self.scales))
     }
 }
 
 /// The words of 32 bits of a panel's codes and of its scales.
 fn panel_words(shape: &QuantizedShape, layout: Layout) -> [usize; 2] {
-    let words = size_of::<Line>() / 4;
-    [shape.chunks().len() * layout.lines() * words, shape.blocks().len() * layout.scales() / 4]
+    let lines = shape.chunks().len().saturating_mul(layout.lines());
+    [lines.saturating_mul(size_of::<Line>() / 4), shape.blocks().len().saturating_mul(layout.scales() / 4)]
 }
 
 /// Bytes as words of 32 bits. Their bits are those of the bytes, whichever numbers they are.
@@ -75,7 +80,7 @@ impl Quantized for Cuda {
             scales: self.empty(panels.saturating_mul(scales))?,
             shape,
         };
-        let piece = (PIECE / (4 * (codes + scales)).max(1)).clamp(1, panels.max(1));
+        let piece = (PIECE / 4 / codes.saturating_add(scales).max(1)).clamp(1, panels.max(1));
         for first in (0..panels).step_by(piece) {
             let (end, start) = (panels.min(first + piece), first * ROWS);
             let rows = w.shape.rows.min(end * ROWS) - start;
@@ -103,7 +108,7 @@ impl Quantized for Cuda {
     ) -> Result<()> {
         check(&x, &w.shape, &columns, &y)?;
         let (tokens, cols, sy) = (x.rows(), x.cols(), y.dims().row_stride);
-        let first = w.shape.columns.start + columns.start;
+        let first = w.shape.columns.start + columns.start - w.origin();
         let chunks = first / CHUNK..(first + cols).div_ceil(CHUNK);
         let mut codes = self.empty::<f32>(tokens.saturating_mul(chunks.len()).saturating_mul(CHUNK_WORDS))?;
         let codes_mut = Cuda::slice_mut(&mut codes);
@@ -139,7 +144,7 @@ impl Quantized for Cuda {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check_rows(&w.shape, rows, &columns, &y)?;
-        let (sy, first) = (y.dims().row_stride, w.shape.columns.start + columns.start);
+        let (sy, first) = (y.dims().row_stride, w.shape.columns.start + columns.start - w.origin());
         let y = y.into_data();
         let ids = self.table_u32(rows)?;
         let launch = w.launch(self, Kernel::Dequantize, T::DTYPE);
