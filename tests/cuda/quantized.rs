@@ -279,49 +279,55 @@ fn layers<T: Element, B: Backend>(
 }
 
 /// Products with activations of 8 bits have the CPU's bits, also at cuts inside chunks. Products
-/// with exact activations, and the gradient, are cuBLASLt's.
+/// with exact activations, and the gradient, are cuBLASLt's. With an invariant reduction, both have
+/// the same bits on any number of ranks.
 #[test]
 fn layers_are_the_cpus() {
+    /// Returns the results of rank 0.
     fn one<T: Element>(
         world: usize,
-        format: Format,
-        activations: Activations,
+        (format, activations): (Format, Activations),
         reduction: Reduction,
         most: f64,
-    ) {
-        let got = ranks(world).run(|group| layers::<T, _>(&group, format, activations, reduction)).unwrap();
+    ) -> Vec<Vec<u64>> {
+        let all = ranks(world).run(|group| layers::<T, _>(&group, format, activations, reduction)).unwrap();
         let want =
             Threads::new(world).run(|group| layers::<T, _>(&group, format, activations, reduction)).unwrap();
-        assert_eq!(got.len(), world);
-        for (rank, (got, want)) in got.iter().zip(&want).enumerate() {
+        assert_eq!(all.len(), world);
+        for (rank, (got, want)) in all.iter().zip(&want).enumerate() {
             assert_eq!(got.len(), want.len());
             for (at, (got, want)) in got.iter().zip(want).enumerate() {
                 let what = format!("{format}, {activations:?}, {}, rank {rank} of {world}, {at}", T::DTYPE);
                 assert!(!got.is_empty() && got.iter().all(|value| value.to_f64().is_finite()), "{what}");
                 // The table's rows have the same bits in any case, and the gradient never.
-                let exact = at == 0 || activations == Activations::Int8 && at < 4;
-                if exact {
+                if at == 0 || activations == Activations::Int8 && at < 4 {
                     same_bits(&what, &bits(got), &bits(want));
-                } else {
-                    let [got, want] = [got, want]
-                        .map(|values| values.iter().map(|value| value.to_f64()).collect::<Vec<_>>());
-                    assert_eq!(got.len(), want.len(), "{what}");
-                    close(
-                        &what,
-                        &ArrayD::from_shape_vec(vec![got.len()], got).unwrap(),
-                        &ArrayD::from_shape_vec(vec![want.len()], want).unwrap(),
-                        most,
-                    );
+                    continue;
                 }
+                let array =
+                    |values: &[T]| ArrayD::from_shape_fn(vec![values.len()], |at| values[at[0]].to_f64());
+                close(&what, &array(got), &array(want), most);
+            }
+        }
+        all[0].iter().map(|values| bits(values)).collect()
+    }
+    /// Compares what every rank has as a whole: x and y.
+    fn same_on_all_worlds(run: impl Fn(usize) -> Vec<Vec<u64>>) {
+        let want = run(1);
+        for world in [2, 3] {
+            let got = run(world);
+            for at in [0, 2] {
+                same_bits(&format!("{world} ranks, result {at}"), &got[at], &want[at]);
             }
         }
     }
     let blocks = Reduction::Invariant { blocks: 8 };
     for world in [1, 2, 3] {
-        one::<f32>(world, Format::Q8_0, Activations::Int8, Reduction::Fast, 1e-5);
-        one::<bf16>(world, Format::Q4_1, Activations::Int8, blocks, 2e-2);
-        one::<f16>(world, Format::Q4_0, Activations::Int8, blocks, 4e-3);
-        one::<f64>(world, Format::Q8_0, Activations::Exact, Reduction::Fast, 1e-12);
-        one::<bf16>(world, Format::Q4_0, Activations::Exact, blocks, 2e-2);
+        one::<f32>(world, (Format::Q8_0, Activations::Int8), Reduction::Fast, 1e-5);
+        one::<f64>(world, (Format::Q8_0, Activations::Exact), Reduction::Fast, 1e-12);
     }
+    same_on_all_worlds(|world| one::<bf16>(world, (Format::Q4_1, Activations::Int8), blocks, 2e-2));
+    same_on_all_worlds(|world| one::<f16>(world, (Format::Q4_0, Activations::Int8), blocks, 4e-3));
+    same_on_all_worlds(|world| one::<bf16>(world, (Format::Q4_0, Activations::Exact), blocks, 2e-2));
+    same_on_all_worlds(|world| one::<f32>(world, (Format::Q8_0, Activations::Exact), blocks, 1e-5));
 }

@@ -144,15 +144,15 @@ kernels! {
         NormalizeBackward "normalize_backward" Each,
         NormalizeColumns "normalize_columns" Each,
     }
-    "update" (large_shared_memory: false, contracts: false) {
-        Sgd "sgd" Each,
-        AdamW "adamw" Each,
-        SquareSums "square_sums" Each,
-    }
     "quantized" (large_shared_memory: false, contracts: false) {
         Dequantize "dequantize" Each,
         QuantizedProduct "quantized_product" Each,
         QuantizeRows "quantize_rows" SumsInF32,
+    }
+    "update" (large_shared_memory: false, contracts: false) {
+        Sgd "sgd" Each,
+        AdamW "adamw" Each,
+        SquareSums "square_sums" Each,
     }
     "dropout" (large_shared_memory: false, contracts: false) {
         Dropout "dropout" Each,

@@ -70,6 +70,9 @@ fn words<'a>(bytes: impl Iterator<Item = &'a [u8; 4]>) -> Vec<f32> {
 impl Quantized for Cuda {
     type QuantizedMatrix = CudaQuantized;
 
+    /// As many as keep a GPU busy.
+    const STRIP: usize = 1 << 24;
+
     /// Builds some panels at a time on the host.
     fn quantized_matrix(&self, shape: QuantizedShape, read: &mut ReadBlocks<'_>) -> Result<CudaQuantized> {
         let layout = Layout::of(shape.format);
