@@ -1,5 +1,5 @@
-//! Compares products with quantized weights on the GPU with those of the CPU, bit by bit, and layers
-//! with such weights.
+//! Compares products with quantized weights on the GPU with those of the CPU, bit by bit, and
+//! layers with such weights.
 
 use crate::{
     dev::{self, ranks},

@@ -1,4 +1,5 @@
-//! Quantized weights on NVIDIA GPUs by the kernels of `cuda/quantized.cu`, with the bits of the CPU.
+//! Quantized weights on NVIDIA GPUs by the kernels of `cuda/quantized.cu`, with the bits of the
+//! CPU.
 
 use super::{
     CHUNK, Quantized, QuantizedShape, ReadBlocks, check, check_rows,
@@ -28,7 +29,7 @@ const CHUNK_WORDS: usize = CHUNK / 4 + 4;
 pub struct CudaQuantized {
     shape: QuantizedShape,
     layout: Layout,
-    /// Words of 32 bits, because no element has fewer without being a number of 16 bits.
+    /// Words of 32 bits. Buffers hold elements, and f32 is the element of that size.
     codes: CudaBuffer<f32>,
     scales: CudaBuffer<f32>,
 }
@@ -130,9 +131,9 @@ impl Quantized for Cuda {
         let launch = launch.ints([tokens, w.shape.rows, chunks.start, chunks.len()]);
         let launch = launch.read(Cuda::slice(&codes)).write(&y).int(sy);
         let blocks = w.shape.rows.div_ceil(ROWS) * tokens.div_ceil(TOKENS);
-        // SAFETY: the arguments are those of the kernel quantized_product. `check` has verified that
-        // y has one row per row of x and one column per row of w, and that w has the columns, so it
-        // has their chunks. The codes are those that the launch before has written.
+        // SAFETY: the arguments are those of the kernel quantized_product. `check` has verified
+        // that y has one row per row of x and one column per row of w, and that w has the columns,
+        // so it has their chunks. The codes are those that the launch before has written.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid { blocks: [blocks, 1], threads: [ROWS as u32, 16], shared: 0 })
@@ -152,9 +153,9 @@ impl Quantized for Cuda {
         let ids = self.table_u32(rows)?;
         let launch = w.launch(self, Kernel::Dequantize, T::DTYPE);
         let launch = launch.ints([rows.len(), columns.len(), first]).table(&ids).write(&y).int(sy);
-        // SAFETY: the arguments are those of the kernel dequantize. `check_rows` has verified that y
-        // has one row per id and one column per column, and that w has the columns and the rows of
-        // all ids but `NO_ROW`.
+        // SAFETY: the arguments are those of the kernel dequantize. `check_rows` has verified that
+        // y has one row per id and one column per column, and that w has the columns and the rows
+        // of all ids but `NO_ROW`.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(rows.len() * columns.len()))
