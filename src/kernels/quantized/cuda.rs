@@ -18,8 +18,9 @@ use std::{fmt, ops::Range};
 /// The bytes of panels that are built on the host at a time, unless a panel has more.
 const PIECE: usize = 8 << 20;
 
-/// The tokens of a block of the product.
+/// The tokens of a block of threads of the product, and the chunks that it multiplies at a time.
 const TOKENS: usize = 16;
+const LANES: u32 = 16;
 
 /// The words of 32 bits of a chunk of activations: its codes, d, the sums of both halves, and one
 /// that is not used.
@@ -136,7 +137,7 @@ impl Quantized for Cuda {
         // so it has their chunks. The codes are those that the launch before has written.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid { blocks: [blocks, 1], threads: [ROWS as u32, 16], shared: 0 })
+            launch.run(Grid { blocks: [blocks, 1], threads: [ROWS as u32, LANES], shared: 0 })
         }
     }
 
