@@ -15,10 +15,10 @@ use half::{bf16, f16};
 use shardwise::{
     Error, Result, Tensor,
     comm::{ReduceOp, nccl},
-    device::{Cpu, Cuda, Device, Element, cuda},
+    device::{Cpu, Cuda, DType, Device, Element, cuda},
     kernels::{
         Activation, AdamWStep, AttentionChoices, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask,
-        Epilogue, NormKind, QkvHeads, RopePairs, RopeSpec, Targets,
+        Epilogue, Format, NO_ROW, NormKind, QkvHeads, QuantizedShape, RopePairs, RopeSpec, Targets,
     },
     launch,
     reference::worst_relative,
@@ -223,6 +223,36 @@ fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     Ok(results.concat())
 }
 
+/// Products with quantized weights, and dequantized rows. f64 has no product with activations of 8
+/// bits.
+fn quantized<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
+    let (x, columns) = (random::<T, B>(device, 24, [ROWS, COLS])?, 0..COLS);
+    let mut results = Vec::new();
+    for format in [Format::Q8_0, Format::Q4_0, Format::Q4_1] {
+        let values = Philox::stream(25, 1);
+        let shape = QuantizedShape { format, rows: 72, columns: columns.clone(), order: None };
+        let w = device.quantized_matrix(shape, &mut |rows, out| {
+            let first = (rows.start * COLS) as u64;
+            for (block, out) in out.chunks_exact_mut(format.bytes()).enumerate() {
+                let weights = first + (block * format.weights()) as u64..;
+                let weights: Vec<f32> =
+                    weights.take(format.weights()).map(|at| values.normal(at) as f32).collect();
+                format.encode(&weights, out)?;
+            }
+            Ok(())
+        })?;
+        if T::DTYPE != DType::F64 {
+            let mut y = Tensor::<T, B>::empty(device, [ROWS, 72])?;
+            device.quantized_product(x.mat(), &w, columns.clone(), y.mat_mut()?)?;
+            results.push(numbers(&y)?);
+        }
+        let mut rows = Tensor::<T, B>::empty(device, [3, COLS])?;
+        device.dequantize(&w, &[71, NO_ROW, 3], columns.clone(), rows.mat_mut()?)?;
+        results.push(numbers(&rows)?);
+    }
+    Ok(results.concat())
+}
+
 /// The number of failed checks.
 #[derive(Default)]
 struct Failures(usize);
@@ -270,6 +300,7 @@ fn kernels(cuda: &Cuda, failures: &mut Failures) {
         failures, cuda,
         "pointwise" => pointwise(),
         "gemm" => gemm(),
+        "quantized" => quantized(),
         "norm" => norm(),
         "rope" => rope(),
         "gather" => gather(),

@@ -20,6 +20,7 @@ mod gemm;
 mod launch;
 mod nccl;
 mod optim;
+mod quantized;
 mod report;
 mod streams;
 
@@ -58,6 +59,7 @@ enum Section {
     Optim,
     Nccl,
     Block,
+    Quantized,
 }
 
 fn main() -> Result<ExitCode> {
@@ -83,6 +85,7 @@ fn main() -> Result<ExitCode> {
             Section::Optim => optim::run(&mut bench)?,
             Section::Nccl => nccl::run(&mut bench)?,
             Section::Block => block::run(&mut bench)?,
+            Section::Quantized => quantized::run(&mut bench)?,
         }
     }
     Ok(if bench.is_sound() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -85,7 +85,7 @@ tests() {
 }
 
 run_check() { step check 120 ./example-gpu_check; }
-run_kernels() { tests kernels 60 '^(kernels|device)::'; }
+run_kernels() { tests kernels 60 '^(kernels|device|quantized)::'; }
 run_bench() { step bench 60 ./bench-gpu --bench --json "$out/bench.jsonl" ${QUICK:+--quick}; }
 run_torch() {
     python3 -c 'import importlib.util as util, sys; sys.exit(util.find_spec("torch") is None)' || {

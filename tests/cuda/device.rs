@@ -6,16 +6,12 @@ use crate::{
 };
 use shardwise::{
     Error, Tensor,
-    comm::Group,
     device::{
         Cuda, Device,
         cuda::{precompile, versions},
     },
-    kernels::{Format, Pointwise},
+    kernels::Pointwise,
     launch::Threads,
-    parallel::ReplicatedLinear,
-    tensor::{Random, Weights},
-    weights::Quantization,
 };
 use std::path::Path;
 
@@ -49,16 +45,6 @@ fn many_small_uploads_are_not_mixed_up() {
     for (at, tensor) in tensors.iter().enumerate() {
         assert!(tensor.to_vec().unwrap().iter().all(|value| *value == at as f64));
     }
-}
-
-/// There are no kernels for quantized weights on GPUs yet: loading a matrix is an error.
-#[test]
-fn quantized_weights_are_refused() {
-    let source = Random::normal(1, 0.1);
-    let source = Quantization::new(&source, Format::Q8_0).unwrap();
-    let (group, weights) = (Group::solo(&dev::fresh()), Weights::new(&source));
-    let error = ReplicatedLinear::<f32, Cuda>::load(&group, &weights, (64, 8), false).unwrap_err();
-    assert!(matches!(error, Error::Unsupported { .. }) && error.to_string().contains("Q8_0"), "{error}");
 }
 
 #[test]

@@ -30,6 +30,7 @@ mod optim;
 mod overlap;
 #[path = "../suite/params.rs"]
 mod params;
+mod quantized;
 #[path = "../suite/states.rs"]
 mod states;
 #[path = "../suite/support.rs"]

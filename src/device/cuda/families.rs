@@ -24,6 +24,8 @@ pub(super) enum Elements {
     Each,
     /// The accumulator types, f64 and f32.
     Accumulators,
+    /// The types whose accumulator is f32: f32, bf16 and f16.
+    SumsInF32,
     /// The types of 16 bits, bf16 and f16.
     Halves,
     /// All pairs of types.
@@ -44,6 +46,7 @@ impl Elements {
         match self {
             Self::Each => one(&[F64, F32, BF16, F16]),
             Self::Accumulators => one(&[F64, F32]),
+            Self::SumsInF32 => one(&[F32, BF16, F16]),
             Self::Halves => one(&[BF16, F16]),
             Self::Pairs => two(&[F64, F32, BF16, F16]),
             Self::SumPairs => [two(&[F64]), two(&[F32, BF16, F16])].concat(),
@@ -140,6 +143,12 @@ kernels! {
         Normalize "normalize" Each,
         NormalizeBackward "normalize_backward" Each,
         NormalizeColumns "normalize_columns" Each,
+    }
+    "quantized" (large_shared_memory: false, contracts: false) {
+        Dequantize "dequantize" Each,
+        QuantizedProduct "quantized_product" Each,
+        QuantizeRows "quantize_rows" SumsInF32,
+        WidenRows "widen_rows" SumsInF32,
     }
     "update" (large_shared_memory: false, contracts: false) {
         Sgd "sgd" Each,

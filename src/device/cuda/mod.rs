@@ -50,6 +50,7 @@
 //!   not rounded before the fused operation.
 //! * Kernels add in a fixed order, which does not depend on the alignment of memory. No kernel uses
 //!   atomic sums.
+//! * Products with quantized weights and activations of 8 bits have the same bits as on the CPU.
 //! * Attention of bf16 and f16 runs on tensor cores if heads have at most 128 features and every
 //!   row begins at a multiple of 16 bytes. Heads have such rows if their number of features is a
 //!   multiple of 8 and their views begin at aligned offsets. On tensor cores, attention rounds the
@@ -76,7 +77,7 @@ mod table;
 pub(crate) mod version;
 
 pub(crate) use families::Kernel;
-pub(crate) use launch::Grid;
+pub(crate) use launch::{Grid, Launch};
 pub(crate) use matmul::{Epilogue, Layout, Lt, Matmul, Operands};
 pub use memory::{CudaBuffer, CudaSlice, CudaSliceMut};
 pub use program::precompile;

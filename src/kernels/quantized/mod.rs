@@ -117,6 +117,10 @@ pub trait Quantized: Gemm + Pointwise {
     /// A quantized matrix in the layout of the device's kernels.
     type QuantizedMatrix: fmt::Debug;
 
+    /// The number of weights that a product with exact activations dequantizes at a time: on a CPU,
+    /// as many as stay in the cache as f32.
+    const STRIP: usize = 1 << 18;
+
     /// Reads a quantized matrix. Calls `read` for a few rows at a time, in order.
     ///
     /// # Errors

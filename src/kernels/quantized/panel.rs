@@ -149,8 +149,8 @@ pub(super) fn bytes(shape: &QuantizedShape) -> usize {
 pub(super) struct Panels {
     pub(super) shape: QuantizedShape,
     pub(super) layout: Layout,
-    codes: Vec<Line>,
-    scales: Vec<u8>,
+    pub(super) codes: Vec<Line>,
+    pub(super) scales: Vec<u8>,
 }
 
 /// One panel.

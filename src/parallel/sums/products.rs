@@ -117,7 +117,10 @@ impl<B: Backend> Sums<B> {
         leaves: &Leaves,
     ) -> Result<(Tensor<T, B>, Tensor<T, B>)> {
         let (bias, device, shape) = (bias.map(Param::value).transpose()?, x.device(), x.shape());
-        let Some(quantized) = w.quantized() else {
+        // Dense products may have other bits where they are divided.
+        let divides = self.is_by_leaves(x.mat(), false);
+        let quantized = w.quantized().filter(|w| !(divides && w.has_dense_products()));
+        let Some(quantized) = quantized else {
             return self.dense_outputs(x, (&w.value()?, bias.as_ref()), f, leaves);
         };
         // The bits of a column of y depend on one row of w, so no leaf is computed by itself.

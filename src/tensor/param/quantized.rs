@@ -9,9 +9,6 @@ use crate::{
 };
 use std::{fmt, ops::Range, rc::Rc};
 
-/// The weights that are dequantized at a time: as many as stay in the cache as f32.
-const STRIP: usize = 1 << 18;
-
 /// The quantized rows of a parameter. The parts come from tensors of different formats, and some of
 /// them may be dense, for example if a merged q/k/v weight has q in `Q4_K`, k in `Q6_K` and v in
 /// f32.
@@ -159,8 +156,16 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
         self.parts.last().map_or(0, |(rows, _)| rows.end)
     }
 
+    /// Whether some rows are multiplied as dense weights, by [`Gemm`](crate::kernels::Gemm).
+    pub(crate) fn has_dense_products(&self) -> bool {
+        self.parts.iter().any(|(_, part)| match part {
+            Part::Quantized(w) => !self.has_product(w),
+            Part::Dense(_) => true,
+        })
+    }
+
     /// y ← x wᵀ over a range of columns of w. An element of y has the same bits however the rows of
-    /// w are divided.
+    /// w are divided, if there are no dense products or the device splits products exactly.
     ///
     /// `x`: `[tokens, columns]`, `y`: `[tokens, rows]`.
     ///
@@ -176,20 +181,20 @@ impl<T: Element, B: Backend> QuantizedRows<T, B> {
             let mut y = y.reborrow().columns(rows.clone());
             match part {
                 Part::Dense(w) => {
-                    self.device.gemm(1.0, x, w.mat().columns(columns.clone()).t(), 0.0, y)?;
+                    self.device.gemm_block(x, w.mat().columns(columns.clone()).t(), 0.0, y)?;
                 }
                 Part::Quantized(w) if self.has_product(w) => {
                     self.device.quantized_product(x, w, columns.clone(), y)?;
                 }
                 Part::Quantized(w) => {
-                    let strip = (STRIP / columns.len().max(1)).max(1);
+                    let strip = (B::STRIP / columns.len().max(1)).max(1);
                     for start in (0..rows.len()).step_by(strip) {
                         let own = start..rows.len().min(start + strip);
                         let ids: Vec<u32> = own.clone().map(|row| row as u32).collect();
                         let mut dense = Tensor::empty(&self.device, [own.len(), columns.len()])?;
                         self.device.dequantize(w, &ids, columns.clone(), dense.mat_mut()?)?;
                         let y = y.reborrow().columns(own);
-                        self.device.gemm::<T, C>(1.0, x, dense.mat().t(), 0.0, y)?;
+                        self.device.gemm_block::<T, C>(x, dense.mat().t(), 0.0, y)?;
                     }
                 }
             }

@@ -397,6 +397,16 @@ static inline int __syncthreads_or(int vote) { return standin::barrier_or(vote);
 static inline int __ffs(int bits) { return __builtin_ffs(bits); }
 static inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
+// The sum of c and the products of four bytes each, which wraps.
+static inline int __dp4a(int a, int b, int c) {
+  unsigned sum = c;
+  for (int i = 0; i < 32; i += 8) sum += (signed char)(a >> i) * (signed char)(b >> i);
+  return sum;
+}
+static inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+  for (int i = 0; i < 32; i += 8) c += (a >> i & 255) * (b >> i & 255);
+  return c;
+}
 static inline double sinpi(double x) { return sin(M_PI * x); }
 static inline double cospi(double x) { return cos(M_PI * x); }
 
