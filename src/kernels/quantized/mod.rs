@@ -134,8 +134,8 @@ pub trait Quantized: Gemm + Pointwise {
     /// The shape of a quantized matrix.
     fn quantized_shape(w: &Self::QuantizedMatrix) -> &QuantizedShape;
 
-    /// y ← x wᵀ, with x quantized to 8 bits or, for FP8 weights, in f32. `columns` are the columns of w that x has, counted
-    /// from the first that w has.
+    /// y ← x wᵀ, with x quantized to 8 bits or, for FP8 weights, in f32. `columns` are the columns
+    /// of w that x has, counted from the first that w has.
     ///
     /// `x`: `[tokens, columns]`, `y`: `[tokens, rows of w]`. The sum of an element of y has the
     /// same order for any number of tokens, and is rounded once to `C`.
