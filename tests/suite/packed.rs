@@ -114,7 +114,7 @@ fn every_matrix_has_the_producers_bits() {
     for case in Case::all() {
         let (_folder, packed) = case.open();
         let (packed, name) = (packed.unwrap(), case.weight());
-        assert_eq!(packed.names().unwrap(), [name.clone()], "{}", case.name);
+        assert_eq!(packed.names().unwrap(), std::slice::from_ref(&name), "{}", case.name);
         let whole = Region::whole(case.shape);
         assert_eq!(bits(&read(&packed, &name, &whole).unwrap()), bits(&case.want), "{}", case.name);
         formats.push(packed.format(&name).unwrap());

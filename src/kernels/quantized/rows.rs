@@ -49,12 +49,7 @@ impl Rows {
     /// When memory runs out.
     pub(super) fn quantize<T: Element>(x: MatRef<'_, T, Cpu>, columns: &Range<usize>) -> Result<Self> {
         let chunks = columns.start / CHUNK..columns.end.div_ceil(CHUNK);
-        let codes = of_chunks(
-            x,
-            columns,
-            #[inline(always)]
-            |numbers| quantize(numbers),
-        )?;
+        let codes = of_chunks(x, columns, quantize)?;
         Ok(Self { codes, numbers: Vec::new(), chunks, tokens: x.rows() })
     }
 
@@ -64,12 +59,7 @@ impl Rows {
     /// When memory runs out.
     pub(super) fn widen<T: Element>(x: MatRef<'_, T, Cpu>, columns: &Range<usize>) -> Result<Self> {
         let chunks = columns.start / CHUNK..columns.end.div_ceil(CHUNK);
-        let numbers = of_chunks(
-            x,
-            columns,
-            #[inline(always)]
-            |numbers| *numbers,
-        )?;
+        let numbers = of_chunks(x, columns, |numbers| *numbers)?;
         Ok(Self { codes: Vec::new(), numbers, chunks, tokens: x.rows() })
     }
 

@@ -45,6 +45,8 @@ const MANY: usize = 1 << 16;
 const HUGE: usize = 1 << 28;
 
 /// The configuration of a model of this crate.
+// A program has one, so its size does not matter.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum ModelConfig {

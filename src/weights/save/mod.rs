@@ -191,3 +191,59 @@ impl<'a> Save<'a> {
         Ok(())
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::{
+        device::Cpu,
+        launch::Threads,
+        parallel::{Bias, ColumnLinear, Columns, Layer},
+        tensor::{Random, Weights},
+        weights::{
+            Checkpoint,
+            disk::fault::{Fault, Kind},
+        },
+    };
+    use std::time::Duration;
+
+    /// Returns the result of a save on every rank.
+    fn saved(world: usize, folder: &Path, fault: &Fault) -> Vec<Result<()>> {
+        let run = |group: Group<Cpu>| {
+            let (source, columns) = (Random::normal(1, 0.5), Columns::even(&group, 6)?);
+            let weights = Weights::new(&source);
+            let layer = ColumnLinear::<f32, _>::load(&group, &weights.at("fc"), 4, &columns, Bias::Add)?;
+            let save = Save { disk: Disk { fault: fault.clone() }, ..Save::new(folder).max_shard(90) };
+            save.write(&group, &layer.params())
+        };
+        Threads::new(world).deadline(Duration::from_millis(200)).run_each(run).unwrap()
+    }
+
+    #[test]
+    fn a_slow_disk_is_no_missed_deadline() {
+        for world in [2, 3] {
+            // Operation 0 makes the first file, 1 writes to it, 5 syncs the second file, and 9
+            // syncs the folder.
+            for at in [0, 1, 5, 9] {
+                let folder = tempfile::tempdir().unwrap();
+                let slow = Fault::new(Kind::Slow(Duration::from_millis(500)), at);
+                let outcomes = saved(world, folder.path(), &slow);
+                assert!(outcomes.iter().all(Result::is_ok), "{world} ranks, slow at {at}: {outcomes:?}");
+                assert!(Checkpoint::open(folder.path()).is_ok());
+            }
+        }
+    }
+
+    #[test]
+    fn a_failed_save_is_an_error_on_every_rank_that_names_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        for (at, file) in [(0, "-00001-of-00002.safetensors"), (5, "-00002-of-00002.safetensors")] {
+            for outcome in saved(3, folder.path(), &Fault::new(Kind::Fails, at)) {
+                let Err(Error::Io { path, reason, .. }) = outcome else { panic!("{outcome:?}") };
+                assert!(path.to_string_lossy().ends_with(file), "{}", path.display());
+                assert!(reason.contains("no storage space"), "{reason}");
+            }
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
