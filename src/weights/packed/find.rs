@@ -250,7 +250,7 @@ impl Finder<'_> {
             let group = tile.columns.unwrap_or(columns).clamp(1, columns.max(1));
             let groups = columns.div_ceil(group);
             let fits = scales == [groups, out] && zeros == of_zeros.shape([out, groups]);
-            fits.then_some(((([out, columns], group)), (codes, Zeros::Packed(of_zeros))))
+            fits.then_some((([out, columns], group), (codes, Zeros::Packed(of_zeros))))
         };
         let (shape, words) = self.select("scales", packing.tiles.iter(), fits)?;
         self.packed(["qweight", "scales", "qzeros", "g_idx"], shape, words, true)
