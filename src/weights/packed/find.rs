@@ -7,6 +7,7 @@ use super::{
 use crate::{
     error::{Error, Result},
     kernels::{ColumnGroups, Format, GroupSize},
+    shard::Shape,
     tensor::Region,
     weights::Checkpoint,
 };
@@ -161,7 +162,13 @@ pub(super) fn find(
             finder.check(&found)?;
             found.parts = finder.parts;
             parts.extend(found.parts.iter().cloned());
-            modules.insert(format!("{module}.weight"), found);
+            let weight = format!("{module}.weight");
+            if !found.parts.contains(&weight) && checkpoint.stored(&weight).is_some() {
+                let (weight, codes) = (weight.escape_debug(), found.codes_name.escape_debug());
+                let reason = format!("the matrix `{weight}` is stored twice, also as `{codes}`");
+                return Err(checkpoint.bad(&found.codes_name, reason));
+            }
+            modules.insert(weight, found);
         }
     }
     Ok((modules, parts))
@@ -175,6 +182,14 @@ impl Finder<'_> {
             let name = module.codes_name.escape_debug();
             let reason = format!("tensor `{name}`: a matrix of {out} rows and {columns} columns is empty");
             return Err(self.checkpoint.bad(&module.codes_name, reason));
+        }
+        for name in &self.parts {
+            let rank = self.checkpoint.shape(name)?.len();
+            if rank > Shape::MAX_RANK {
+                let (name, most) = (name.escape_debug(), Shape::MAX_RANK);
+                let reason = format!("tensor `{name}` has {rank} dimensions, and at most {most} are known");
+                return Err(self.checkpoint.bad(&module.codes_name, reason));
+            }
         }
         match self.checkpoint.stored(&module.scales_name) {
             Some((Dtype::F8_E8M0, _)) => Ok(()),

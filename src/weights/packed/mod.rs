@@ -9,7 +9,12 @@ mod module;
 mod source;
 
 use super::Checkpoint;
-use crate::{error::Result, kernels::Activations, shard::Shape, tensor::Region};
+use crate::{
+    error::{Error, Result},
+    kernels::Activations,
+    shard::Shape,
+    tensor::Region,
+};
 use module::Module;
 use safetensors::Dtype;
 use std::{
@@ -102,23 +107,27 @@ impl fmt::Display for Tile {
 /// [`Fp8`]: crate::kernels::Format::Fp8
 ///
 /// ```
-/// use shardwise::{prelude::*, kernels::{Format, GroupSize}, weights::{Checkpoint, Packed,
-/// Packing}};
+/// use shardwise::kernels::{Format, GroupSize};
+/// use shardwise::prelude::*;
+/// use shardwise::weights::{Checkpoint, Packed, Packing};
 /// # use shardwise::weights::{PackingMethod, Tile};
 /// # let folder = tempfile::tempdir().unwrap();
 /// # let path = folder.path().join("model.safetensors");
 /// # let header = r#"{"up.weight": {"dtype": "F8_E4M3", "shape": [1, 32], "data_offsets": [0, 32]},
 /// #   "up.weight_scale_inv": {"dtype": "F32", "shape": [1, 1], "data_offsets": [32, 36]}}"#;
-/// # let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0x38; 32],
-/// &2f32.to_le_bytes()];
-/// # std::fs::write(&path, file.concat()).unwrap();
+/// # let (length, scale) = ((header.len() as u64).to_le_bytes(), 2f32.to_le_bytes());
+/// # std::fs::write(&path, [&length[..], header.as_bytes(), &[0x38; 32], &scale].concat()).unwrap();
 /// # let tile = Tile { bits: 8, rows: Some(128), columns: Some(128) };
-/// // `DecoderConfig::packing` has this value for a folder of Hugging Face. let packing = Packing {
-/// method: PackingMethod::Fp8, tiles: vec![tile] }; let source =
-/// Packed::new(Checkpoint::open(&path)?, &packing)?; assert_eq!(source.format("up.weight"),
-/// Some(Format::Fp8(GroupSize::G128))); let mut row = [0.0_f32; 32]; source.read("up.weight",
-/// Role::Weight, &Region::whole([1, 32]), AnyMut::F32(row.as_mut_slice()))?; assert_eq!(row, [2.0;
-/// 32]); // the code 0x38 is 1, and the scale is 2
+///
+/// // `DecoderConfig::packing` has this value for a folder of Hugging Face.
+/// let packing = Packing { method: PackingMethod::Fp8, tiles: vec![tile] };
+/// let source = Packed::new(Checkpoint::open(&path)?, &packing)?;
+/// assert_eq!(source.format("up.weight"), Some(Format::Fp8(GroupSize::G128)));
+///
+/// let (mut row, whole) = ([0.0_f32; 32], Region::whole([1, 32]));
+/// source.read("up.weight", Role::Weight, &whole, AnyMut::F32(row.as_mut_slice()))?;
+/// // The code 0x38 is 1, and the scale is 2.
+/// assert_eq!(row, [2.0; 32]);
 /// # Ok::<(), Error>(())
 /// ```
 pub struct Packed {
@@ -136,10 +145,14 @@ impl Packed {
     /// weights.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`](crate::Error::Checkpoint) when a matrix lacks a tensor, shapes
-    /// disagree with each other or fit no tile, or a column is of a group that does not exist; the
-    /// errors of [`Checkpoint`].
+    /// [`Error::Invalid`] when a tile has other bits than 4 or 8; [`Error::Checkpoint`] when a
+    /// matrix lacks a tensor or is stored twice, shapes disagree with each other or fit no tile, or
+    /// a column is of a group that does not exist; the errors of [`Checkpoint`].
     pub fn new(checkpoint: Checkpoint, packing: &Packing) -> Result<Self> {
+        if let Some(tile) = packing.tiles.iter().find(|tile| !matches!(tile.bits, 4 | 8)) {
+            let reason = format!("a tile has {} bits, and codes of 4 and 8 bits are known", tile.bits);
+            return Err(Error::invalid("quantized weights", reason));
+        }
         let (modules, parts) = find::find(&checkpoint, packing)?;
         Ok(Self { checkpoint, modules, parts, dequantized: false, activations: Activations::default() })
     }
