@@ -18,7 +18,6 @@ const GPTQ: &[&str] = &[
     "damp_auto_increment",
     "damp_percent",
     "dataset",
-    "desc_act",
     "disable_exllama",
     "exllama_config",
     "lm_head",
@@ -53,7 +52,7 @@ const COMPRESSED: &[&str] = &["global_compression_ratio", "ignore", "version"];
 const GROUP: &[&str] = &["input_activations", "targets"];
 
 /// Keys of the weights of compressed-tensors for quantizing.
-const WEIGHTS: &[&str] = &["actorder", "observer", "observer_kwargs", "scale_dtype", "symmetric", "zp_dtype"];
+const WEIGHTS: &[&str] = &["observer", "observer_kwargs", "scale_dtype", "zp_dtype"];
 
 /// Keys of FP8 that name the modules that are not quantized, which the tensors show, or describe
 /// activations.
@@ -89,7 +88,7 @@ fn group(json: &Json<'_>, key: &str) -> Result<Option<usize>, String> {
     if json.raw(key).and_then(serde_json::Value::as_i64) == Some(-1) {
         return Ok(None);
     }
-    json.optional_size(key, LARGEST)
+    json.size(key, LARGEST).map(Some)
 }
 
 fn bits(json: &Json<'_>, key: &str, known: &[u32]) -> Result<u32, String> {
@@ -108,7 +107,10 @@ fn by_gptqmodel(json: &Json<'_>) -> Result<bool, String> {
         Some(serde_json::Value::Array(names)) => names,
         name => name.into_iter().collect(),
     };
-    Ok(names.iter().filter_map(serde_json::Value::as_str).any(|name| name.starts_with("gptqmodel")))
+    Ok(names
+        .iter()
+        .filter_map(serde_json::Value::as_str)
+        .any(|name| name.to_ascii_lowercase().starts_with("gptqmodel")))
 }
 
 fn gptq(json: &Json<'_>) -> Result<Packing, String> {
@@ -135,7 +137,9 @@ fn gptq(json: &Json<'_>) -> Result<Packing, String> {
             Some(tile) if json.raw("group_size").is_none() => tile.columns,
             _ => group(json, "group_size")?,
         };
-        Ok::<_, String>(Tile { bits, rows: Some(1), columns })
+        let any_order = json.flag("desc_act")?.unwrap_or(usual.is_some_and(|tile| tile.any_order));
+        let tile = Tile { any_order, ..Tile::new(bits, Some(1), columns) };
+        Ok::<_, String>(tile)
     };
     let tile = of(json, None)?;
     let mut tiles = vec![tile];
@@ -158,7 +162,7 @@ fn awq(json: &Json<'_>) -> Result<Packing, String> {
     json.only("backend", "autoawq")?;
     let (bits, columns) = (bits(json, "bits", &[4])?, group(json, "group_size")?);
     json.finish(&[AWQ])?;
-    Ok(Packing { method: PackingMethod::Awq, tiles: vec![Tile { bits, rows: Some(1), columns }] })
+    Ok(Packing { method: PackingMethod::Awq, tiles: vec![Tile::new(bits, Some(1), columns)] })
 }
 
 fn compressed(json: &Json<'_>) -> Result<Packing, String> {
@@ -193,15 +197,16 @@ fn compressed(json: &Json<'_>) -> Result<Packing, String> {
 
 fn weights_of_group(json: &Json<'_>) -> Result<Tile, String> {
     json.only("dynamic", false)?;
-    let bits = match json.text("type")?.unwrap_or("int") {
-        "float" => bits(json, "num_bits", &[8])?,
-        "int" => bits(json, "num_bits", &[4, 8])?,
+    let (bits, float) = match json.text("type")?.unwrap_or("int") {
+        "float" => (bits(json, "num_bits", &[8])?, true),
+        "int" => (bits(json, "num_bits", &[4, 8])?, false),
         other => return Err(format!("`weights.type`: `{}` is not known", other.escape_debug())),
     };
-    let size = group(json, "group_size")?;
+    let has_size = json.raw("group_size").is_some_and(|size| !size.is_null());
+    let size = if has_size { group(json, "group_size")? } else { None };
     let usual = match size {
         Some(_) => "group",
-        None if json.raw("group_size").is_some_and(|size| !size.is_null()) => "channel",
+        None if has_size => "channel",
         None => "tensor",
     };
     let (rows, columns) = match json.text("strategy")?.unwrap_or(usual) {
@@ -212,7 +217,14 @@ fn weights_of_group(json: &Json<'_>) -> Result<Tile, String> {
         other => return Err(format!("`weights.strategy`: `{}` is not known", other.escape_debug())),
     };
     json.raw("block_structure");
-    Ok(Tile { bits, rows, columns })
+    let asymmetric = !json.flag("symmetric")?.unwrap_or(true);
+    // With the other orders, groups are consecutive columns of the file. Old files have a flag.
+    let any_order = match json.raw("actorder") {
+        Some(serde_json::Value::Bool(any)) => *any,
+        Some(serde_json::Value::String(order)) => ["group", "dynamic"].contains(&order.as_str()),
+        _ => false,
+    };
+    Ok(Tile { float, asymmetric, any_order, ..Tile::new(bits, rows, columns) })
 }
 
 /// Reads the rows and columns of a tile, which is a list or, in old files, a text such as
@@ -238,9 +250,9 @@ fn fp8(json: &Json<'_>) -> Result<Packing, String> {
     json.only("dequantize", false)?;
     let tiles = if json.raw("weight_block_size").is_some_and(|value| !value.is_null()) {
         let [rows, columns] = block(json, "weight_block_size")?;
-        vec![Tile { bits: 8, rows: Some(rows), columns: Some(columns) }]
+        vec![Tile::fp8(Some(rows), Some(columns))]
     } else {
-        [None, Some(1)].map(|rows| Tile { bits: 8, rows, columns: None }).into()
+        [None, Some(1)].map(|rows| Tile::fp8(rows, None)).into()
     };
     json.finish(&[FP8])?;
     Ok(Packing { method: PackingMethod::Fp8, tiles })

@@ -305,9 +305,13 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
     /// quantized matrices are copied from the checkpoint, byte by byte: see [`Save::packed`].
     ///
     /// # Errors
-    /// As [`Decoder::save`].
+    /// As [`Decoder::save`]. Also when the source is dequantized.
     #[track_caller]
     pub fn save_packed(&self, folder: impl AsRef<Path>, source: &Packed) -> Result<()> {
+        if source.is_dequantized() {
+            let reason = "the source is dequantized: `Decoder::save` writes a model that is not quantized";
+            return Err(Error::invalid("save", reason));
+        }
         self.save_to(folder.as_ref(), Some(source))
     }
 

@@ -80,7 +80,7 @@ impl Finder<'_> {
         let of: Vec<i32> = bytes.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes)).collect();
         // compressed-tensors writes −1 for all columns where the order of the groups was not
         // determined.
-        if of.iter().all(|group| *group == -1) {
+        if part == "weight_g_idx" && of.iter().all(|group| *group == -1) {
             return Ok(None);
         }
         let mut own = Vec::with_capacity(columns);
@@ -98,35 +98,61 @@ impl Finder<'_> {
         Ok((!consecutive).then(|| ColumnGroups { groups, of: Arc::from(own) }))
     }
 
-    /// Checks that a tensor has the shape of one of the tiles, and returns the tile.
-    fn select<'t, R>(
+    /// Returns what fits one of the tiles. `codes` is the name of the codes.
+    fn select<'t, R: PartialEq>(
         &self,
-        part: &str,
+        codes: &str,
         tiles: impl Iterator<Item = &'t Tile>,
-        fits: impl Fn(&Tile) -> Option<R>,
-    ) -> Result<R>
-    where
-        R: PartialEq,
-    {
-        let (mut found, mut tried) = (None, Vec::new());
+        fits: impl Fn(&Tile) -> Result<R, Misfit>,
+    ) -> Result<R> {
+        let (mut found, mut misfits) = (None, Vec::new());
         for tile in tiles {
-            let Some(fit) = fits(tile) else {
-                tried.push(tile.to_string());
-                continue;
-            };
-            match found {
-                Some(other) if other != fit => {
-                    return Err(self.bad(part, "its shape fits several of the configured precisions".into()));
+            match (fits(tile), &found) {
+                (Err((part, reason)), _) => misfits.push((part, format!("{reason} ({tile})"))),
+                (Ok(fit), Some(other)) if *other != fit => {
+                    return Err(self.bad(codes, "fits several of the configured precisions".into()));
                 }
-                _ => found = Some(fit),
+                (Ok(fit), _) => found = Some(fit),
             }
         }
-        found.ok_or_else(|| {
-            let shape = self.checkpoint.shape(&self.name(part)).unwrap_or_default();
-            let tried = tried.join(", or ");
-            self.bad(part, format!("shape {shape:?} does not fit the configured precision: {tried}"))
+        found.ok_or_else(|| match misfits.first() {
+            None => self.bad(codes, "`quantization_config` has no precision for it".into()),
+            Some((part, _)) => {
+                let reasons: Vec<_> = misfits.iter().map(|(_, reason)| reason.as_str()).collect();
+                self.bad(part, reasons.join(", or "))
+            }
         })
     }
+
+    /// Checks that there is a tensor of the groups of the columns, if the tile needs one.
+    fn check_order(&self, part: &'static str, tile: &Tile) -> Result<(), Misfit> {
+        if !tile.any_order || self.checkpoint.stored(&self.name(part)).is_some() {
+            return Ok(());
+        }
+        Err((part, "is missing, and has the order of the columns".into()))
+    }
+}
+
+/// A tensor of a module that does not fit a tile, and why.
+type Misfit = (&'static str, String);
+
+fn check_shape(part: &'static str, found: &[usize], needed: [usize; 2]) -> Result<(), Misfit> {
+    if found == needed {
+        return Ok(());
+    }
+    Err((part, format!("has the shape {found:?}, and not {needed:?}")))
+}
+
+/// Checks the shape of scales.
+fn check_grid(part: &'static str, stored: &[usize], needed: [usize; 2]) -> Result<(), Misfit> {
+    if is_grid(stored, needed) { Ok(()) } else { check_shape(part, stored, needed) }
+}
+
+fn check_bits(part: &'static str, tile: &Tile, float: bool) -> Result<(), Misfit> {
+    if tile.float == float {
+        return Ok(());
+    }
+    Err((part, format!("has {}", if float { "floating-point numbers" } else { "integers" })))
 }
 
 /// Whether a tensor of scales has this shape. The stored shape may lack dimensions of size 1.
@@ -246,13 +272,16 @@ impl Finder<'_> {
                 minus: Minus::Nothing,
             };
             let of_zeros = Words { along_rows: true, minus, ..codes };
-            let columns = words.checked_mul(codes.per_word())?;
+            let columns = words.saturating_mul(codes.per_word());
             let group = tile.columns.unwrap_or(columns).clamp(1, columns.max(1));
             let groups = columns.div_ceil(group);
-            let fits = scales == [groups, out] && zeros == of_zeros.shape([out, groups]);
-            fits.then_some((([out, columns], group), (codes, Zeros::Packed(of_zeros))))
+            check_bits("qweight", tile, false)?;
+            check_shape("scales", &scales, [groups, out])?;
+            check_shape("qzeros", &zeros, of_zeros.shape([out, groups]))?;
+            self.check_order("g_idx", tile)?;
+            Ok((([out, columns], group), (codes, Zeros::Packed(of_zeros))))
         };
-        let (shape, words) = self.select("scales", packing.tiles.iter(), fits)?;
+        let (shape, words) = self.select("qweight", packing.tiles.iter(), fits)?;
         self.packed(["qweight", "scales", "qzeros", "g_idx"], shape, words, true)
     }
 
@@ -269,13 +298,18 @@ impl Finder<'_> {
                 awq: true,
                 minus: Minus::Nothing,
             };
-            let out = words.checked_mul(codes.per_word()).filter(|_| tile.bits == 4)?;
+            let out = words.saturating_mul(codes.per_word());
             let group = tile.columns.unwrap_or(columns).clamp(1, columns.max(1));
             let groups = columns.div_ceil(group);
-            let fits = scales == [groups, out] && zeros == codes.shape([out, groups]);
-            fits.then_some((([out, columns], group), (codes, Zeros::Packed(codes))))
+            check_bits("qweight", tile, false)?;
+            if tile.bits != 4 {
+                return Err(("qweight", format!("AWQ has no weights of {} bits", tile.bits)));
+            }
+            check_shape("scales", &scales, [groups, out])?;
+            check_shape("qzeros", &zeros, codes.shape([out, groups]))?;
+            Ok((([out, columns], group), (codes, Zeros::Packed(codes))))
         };
-        let (shape, words) = self.select("scales", packing.tiles.iter(), fits)?;
+        let (shape, words) = self.select("qweight", packing.tiles.iter(), fits)?;
         self.packed(["qweight", "scales", "qzeros", "g_idx"], shape, words, true)
     }
 
@@ -300,17 +334,24 @@ impl Finder<'_> {
             let of_zeros = Words { along_rows: true, ..codes };
             let group = tile.columns.unwrap_or(columns).clamp(1, columns.max(1));
             let grid = [out, columns.div_ceil(group)];
-            let fits = tile.rows == Some(1)
-                && words == codes.shape(shape)
-                && is_grid(&scales, grid)
-                && zeros.is_none_or(|zeros| zeros == of_zeros.shape(grid));
+            check_bits("weight_packed", tile, false)?;
+            if tile.rows != Some(1) {
+                return Err(("weight_packed", "needs a scale for each row".into()));
+            }
+            check_shape("weight_packed", &words, codes.shape(shape))?;
+            check_grid("weight_scale", &scales, grid)?;
             let zeros = match zeros {
-                Some(_) => Zeros::Packed(of_zeros),
+                Some(zeros) => {
+                    check_shape("weight_zero_point", &zeros, of_zeros.shape(grid))?;
+                    Zeros::Packed(of_zeros)
+                }
+                None if tile.asymmetric => return Err(("weight_zero_point", "is missing".into())),
                 None => Zeros::Constant(1 << (tile.bits - 1)),
             };
-            fits.then_some(((shape, group), (codes, zeros)))
+            self.check_order("weight_g_idx", tile)?;
+            Ok(((shape, group), (codes, zeros)))
         };
-        let (shape, words) = self.select("weight_scale", packing.tiles.iter(), fits)?;
+        let (shape, words) = self.select("weight_packed", packing.tiles.iter(), fits)?;
         let names = ["weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"];
         self.packed(names, shape, words, false)
     }
@@ -354,7 +395,7 @@ impl Finder<'_> {
         };
         let &[out, columns] = shape else { return Ok(None) };
         self.part("weight")?;
-        let scales_name = match packing.method {
+        let scales_name: &'static str = match packing.method {
             PackingMethod::Fp8 if self.checkpoint.stored(&self.name("weight_scale_inv")).is_some() => {
                 "weight_scale_inv"
             }
@@ -372,13 +413,22 @@ impl Finder<'_> {
                 return Err(self.bad("weight_zero_point", reason));
             }
         };
+        let has_zeros = zeros == Zeros::Signed;
         let fits = |tile: &Tile| {
+            check_bits("weight", tile, codes == Codes::Float)?;
+            if tile.bits != 8 {
+                return Err(("weight", "has 8 bits".into()));
+            }
+            if tile.asymmetric && !has_zeros {
+                return Err(("weight_zero_point", "is missing".into()));
+            }
+            self.check_order("weight_g_idx", tile)?;
             let size = |tile: Option<usize>, all: usize| tile.unwrap_or(all).clamp(1, all.max(1));
             let tile = [size(tile.rows, out), size(tile.columns, columns)];
-            let grid = [out.div_ceil(tile[0]), columns.div_ceil(tile[1])];
-            is_grid(&scales, grid).then_some(tile)
+            check_grid(scales_name, &scales, [out.div_ceil(tile[0]), columns.div_ceil(tile[1])])?;
+            Ok(tile)
         };
-        let tile = self.select(scales_name, packing.tiles.iter().filter(|tile| tile.bits == 8), fits)?;
+        let tile = self.select("weight", packing.tiles.iter(), fits)?;
         let order = self.order("weight_g_idx", columns, columns.div_ceil(tile[1]), tile[1])?;
         if order.is_some() && codes == Codes::Float {
             return Err(

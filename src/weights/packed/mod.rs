@@ -65,25 +65,42 @@ pub enum PackingMethod {
 
 /// The precision of a matrix, and the part of it that shares a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Tile {
     /// The bits of a code: 4 or 8.
     pub bits: u32,
+    /// Whether codes are floating-point numbers (e4m3).
+    pub float: bool,
     /// The number of rows that share a scale. `None`: all.
     pub rows: Option<usize>,
     /// The number of columns that share a scale. `None`: all.
     pub columns: Option<usize>,
+    /// Whether there have to be zero points. Otherwise there may be.
+    pub asymmetric: bool,
+    /// Whether there has to be a tensor of the groups of the columns. Otherwise there may be.
+    pub any_order: bool,
+}
+
+impl Tile {
+    /// Makes a tile of integers in which zero points and the groups of the columns are optional.
+    pub fn new(bits: u32, rows: Option<usize>, columns: Option<usize>) -> Self {
+        Self { bits, float: false, rows, columns, asymmetric: false, any_order: false }
+    }
+
+    /// Makes a tile of FP8 codes.
+    pub fn fp8(rows: Option<usize>, columns: Option<usize>) -> Self {
+        Self { float: true, ..Self::new(8, rows, columns) }
+    }
 }
 
 impl fmt::Display for Tile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = |count: Option<usize>| count.map_or("all".into(), |count| count.to_string());
-        write!(
-            f,
-            "{} bits, {} rows and {} columns to a scale",
-            self.bits,
-            count(self.rows),
-            count(self.columns)
-        )
+        let (rows, columns) = (count(self.rows), count(self.columns));
+        let zeros = if self.asymmetric { ", with zero points" } else { "" };
+        let order = if self.any_order { ", with columns in any order" } else { "" };
+        let kind = if self.float { "floating-point numbers" } else { "integers" };
+        write!(f, "{kind} of {} bits, a scale for {rows} rows x {columns} columns{zeros}{order}", self.bits)
     }
 }
 
@@ -117,7 +134,7 @@ impl fmt::Display for Tile {
 /// #   "up.weight_scale_inv": {"dtype": "F32", "shape": [1, 1], "data_offsets": [32, 36]}}"#;
 /// # let (length, scale) = ((header.len() as u64).to_le_bytes(), 2f32.to_le_bytes());
 /// # std::fs::write(&path, [&length[..], header.as_bytes(), &[0x38; 32], &scale].concat()).unwrap();
-/// # let tile = Tile { bits: 8, rows: Some(128), columns: Some(128) };
+/// # let tile = Tile::fp8(Some(128), Some(128));
 ///
 /// // `DecoderConfig::packing` has this value for a folder of Hugging Face.
 /// let packing = Packing { method: PackingMethod::Fp8, tiles: vec![tile] };
@@ -160,6 +177,11 @@ impl Packed {
     /// Loads the quantized matrices as floating-point numbers.
     pub fn dequantized(self) -> Self {
         Self { dequantized: true, ..self }
+    }
+
+    /// Whether the matrices are loaded as floating-point numbers.
+    pub fn is_dequantized(&self) -> bool {
+        self.dequantized
     }
 
     /// Sets how products with the quantized weights treat their other factor.

@@ -109,8 +109,9 @@ impl<'a> Save<'a> {
     }
 
     /// Copies the quantized matrices from the checkpoint that they were loaded from, byte by byte:
-    /// quantized weights are frozen. Every rank has to set the same checkpoint, whose files only
-    /// the first rank reads.
+    /// quantized weights are frozen. The checkpoint has to be the one that was loaded: only formats
+    /// and shapes are compared. Every rank has to set the same checkpoint, whose files only the
+    /// first rank reads.
     pub fn packed(self, source: &'a Packed) -> Self {
         Self { packed: Some(source), ..self }
     }
@@ -139,6 +140,7 @@ impl<'a> Save<'a> {
     ///   writing to the folder. On all ranks but the first, `kind` is `Other`.
     /// * [`Error::Sizes`]: no rank owns an element.
     /// * [`Error::Invalid`]: several ranks own an element.
+    /// * [`Error::TensorShape`]: the checkpoint of [`Save::packed`] has a matrix in another shape.
     /// * [`Error::Shapes`]: ranks have a tensor in different shapes.
     /// * [`Error::Unsupported`]: the device stores no values, or a parameter is quantized and not
     ///   in the checkpoint of [`Save::packed`].

@@ -21,16 +21,21 @@ pub(super) struct Written {
     pub(super) copied: Option<Dtype>,
 }
 
-/// Checks that the quantized matrices are those of the checkpoint that they are copied from.
+/// Checks that the quantized matrices have the formats and shapes of the checkpoint that they are
+/// copied from.
 pub(super) fn check_formats<T: Element, B: Backend>(
     packed: Option<&Packed>,
     params: &[Param<T, B>],
 ) -> Result<()> {
     for param in params {
         let rows = param.quantized();
-        for own in param.regions().iter() {
+        // A rank may hold nothing of a tensor, and then no row has its format.
+        for own in param.regions().iter().filter(|own| !own.region.extent().is_empty()) {
             let format = rows.as_ref().and_then(|rows| rows.format(own.row));
             let copied = packed.and_then(|packed| packed.format(&own.tensor));
+            if let (Some(packed), Some(_)) = (packed, copied) {
+                packed.check(&own.tensor, &own.region)?;
+            }
             let reason = match (format, copied) {
                 _ if format == copied => continue,
                 (Some(format), None) if packed.is_some() => {
