@@ -133,7 +133,8 @@ impl fmt::Display for Tile {
 /// # let header = r#"{"up.weight": {"dtype": "F8_E4M3", "shape": [1, 32], "data_offsets": [0, 32]},
 /// #   "up.weight_scale_inv": {"dtype": "F32", "shape": [1, 1], "data_offsets": [32, 36]}}"#;
 /// # let (length, scale) = ((header.len() as u64).to_le_bytes(), 2f32.to_le_bytes());
-/// # std::fs::write(&path, [&length[..], header.as_bytes(), &[0x38; 32], &scale].concat()).unwrap();
+/// # let file = [&length[..], header.as_bytes(), &[0x38; 32], &scale].concat();
+/// # std::fs::write(&path, file).unwrap();
 /// # let tile = Tile::fp8(Some(128), Some(128));
 ///
 /// // `DecoderConfig::packing` has this value for a folder of Hugging Face.
