@@ -16,7 +16,7 @@ mkdir -p "$work" benches/results
 cat DESIGN.md docs/*.md > "$work/text.md"
 prompt=$'<|im_start|>user\nWhere is the Eiffel Tower?<|im_end|>\n<|im_start|>assistant\n'
 processor=$(grep -m 1 'model name' /proc/cpuinfo | cut -d : -f 2 | sed 's/^ *//')
-name=$(echo "$processor" | tr '[:upper:]' '[:lower:]' | sed -E 's/[^a-z0-9]+/-/g; s/-(cpu|processor|[0-9]+-core).*//; s/-$//')
+name=$(echo "$processor" | tr '[:upper:]' '[:lower:]' | sed -E 's/[^a-z0-9]+/-/g; s/-(cpu|[0-9]+-core).*//; s/-$//')
 report=benches/results/$(date +%F)-packed-$name.md
 {
     echo "# SmolLM2-135M-Instruct in formats of quantized folders"
