@@ -14,7 +14,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     let rows = if bench.quick { vec![16, 1] } else { vec![4096, 1, 16, 64] };
     for &m in &rows {
         for tp in [1, 8] {
-            product(bench, tp, (m, k, whole / tp))?;
+            let n = whole / tp;
+            product(bench, &format!("gemm bf16 {m} x {k} x {n} (tp {tp})"), (m, k, n))?;
         }
     }
     for tp in [1, 8] {
@@ -30,17 +31,16 @@ fn cost((m, k, n): (usize, usize, usize), result: f64) -> Cost {
     Cost { bytes: 2.0 * (m * k + k * n) + result * m * n, flops: 2.0 * m * k * n }
 }
 
-/// y = x wᵀ with a shard of w.
-fn product(bench: &mut Bench, tp: usize, (m, k, n): (usize, usize, usize)) -> Result<()> {
-    let name = format!("gemm bf16 {m} x {k} x {n} (tp {tp})");
-    bench.case(&name, |bench| {
+/// y = x wᵀ with weights of bf16.
+pub(crate) fn product(bench: &mut Bench, name: &str, (m, k, n): (usize, usize, usize)) -> Result<()> {
+    bench.case(name, |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
         let x = data.fill::<bf16>([m, k], 1.0)?;
         let copies = bench.copies(2 * n * k);
         let w = (0..copies).map(|_| data.fill::<bf16>([n, k], 1.0)).collect::<Result<Vec<_>>>()?;
         let mut y = Tensor::<bf16, _>::empty(&cuda, [m, n])?;
         let mut last = 0;
-        bench.time(&name, cost((m, k, n), 2.0), |call| {
+        bench.time(name, cost((m, k, n), 2.0), |call| {
             last = call % copies;
             cuda.gemm(1.0, x.mat(), w[last].mat().t(), 0.0, y.mat_mut()?)
         })?;
@@ -50,7 +50,7 @@ fn product(bench: &mut Bench, tp: usize, (m, k, n): (usize, usize, usize)) -> Re
             let x = to_host(x.mat().block(row..row + 1, 0..k), &cuda)?;
             want.push(dot(&x, &to_host(w[last].mat().block(col..col + 1, 0..k), &cuda)?, BF16));
         }
-        bench.expect(&name, &got, &want)
+        bench.expect(name, &got, &want)
     })
 }
 

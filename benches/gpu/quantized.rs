@@ -3,19 +3,20 @@
 use crate::{
     check::{BF16, dot, positions},
     data::to_host,
+    gemm,
     report::{Bench, Cost},
 };
 use half::bf16;
 use shardwise::{
     Result, Tensor,
-    kernels::{Format, Gemm, Quantized, QuantizedShape},
+    kernels::{Format, Quantized, QuantizedShape},
 };
 use std::rc::Rc;
 
 pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     let (k, n) = bench.pick((96, 40), (8192, 8192));
     for m in bench.pick([1, 20], [1, 512]) {
-        dense(bench, (m, k, n))?;
+        gemm::product(bench, &format!("quantized, dense bf16 {m} x {k} x {n}"), (m, k, n))?;
         for format in [Format::Q8_0, Format::Q4_0] {
             product(bench, format, (m, k, n))?;
         }
@@ -26,30 +27,6 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
 /// Returns the cost of a product whose weights have this number of bytes.
 fn cost((m, k, n): (usize, usize, usize), weights: usize) -> Cost {
     Cost { bytes: (weights + 2 * m * (k + n)) as f64, flops: 2.0 * (m * k) as f64 * n as f64 }
-}
-
-/// y = x wᵀ with dense weights.
-fn dense(bench: &mut Bench, (m, k, n): (usize, usize, usize)) -> Result<()> {
-    let name = format!("quantized, dense bf16 {m} x {k} x {n}");
-    bench.case(&name, |bench| {
-        let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
-        let x = data.fill::<bf16>([m, k], 1.0)?;
-        let copies = bench.copies(2 * n * k);
-        let w = (0..copies).map(|_| data.fill::<bf16>([n, k], 1.0)).collect::<Result<Vec<_>>>()?;
-        let mut y = Tensor::<bf16, _>::empty(&cuda, [m, n])?;
-        let mut last = 0;
-        bench.time(&name, cost((m, k, n), 2 * n * k), |call| {
-            last = call % copies;
-            cuda.gemm(1.0, x.mat(), w[last].mat().t(), 0.0, y.mat_mut()?)
-        })?;
-        let (mut got, mut want) = (Vec::new(), Vec::new());
-        for (row, col) in positions(m, n) {
-            got.extend(to_host(y.mat().block(row..row + 1, col..col + 1), &cuda)?);
-            let x = to_host(x.mat().block(row..row + 1, 0..k), &cuda)?;
-            want.push(dot(&x, &to_host(w[last].mat().block(col..col + 1, 0..k), &cuda)?, BF16));
-        }
-        bench.expect(&name, &got, &want)
-    })
 }
 
 /// y = x wᵀ with quantized weights, and x rounded to 8 bits.
