@@ -156,10 +156,21 @@ pub(super) struct Panels {
 /// One panel.
 #[derive(Clone, Copy)]
 pub(super) struct Panel<'a> {
-    pub(super) codes: &'a [Line],
-    pub(super) scales: &'a [u8],
+    codes: &'a [Line],
+    scales: &'a [u8],
     /// The number of the first chunk of the row that the panel holds.
-    pub(super) first_chunk: usize,
+    first_chunk: usize,
+}
+
+impl<'a> Panel<'a> {
+    /// Returns the codes of a chunk and the scales of its block.
+    #[inline(always)]
+    pub(super) fn chunk(self, layout: Layout, chunk: usize) -> (&'a [Line], &'a [u8]) {
+        let lines = (chunk - self.first_chunk) * layout.lines();
+        let block = chunk / layout.span - self.first_chunk / layout.span;
+        let scales = block * layout.scales();
+        (&self.codes[lines..][..layout.lines()], &self.scales[scales..][..layout.scales()])
+    }
 }
 
 impl Panels {
@@ -195,8 +206,10 @@ impl Panels {
             let block = chunk / span - first;
             let from = format.chunk(&bytes[block * format.bytes()..][..format.bytes()], chunk % span);
             // Products do not look for NaN.
-            let is_nan = |code: &u8| from.is_float && code & 0x7f == 0x7f;
-            if let Some(at) = from.codes.iter().position(is_nan) {
+            let is_nan = |code: &u8| code & 0x7f == 0x7f;
+            if from.is_float
+                && let Some(at) = from.codes.iter().position(is_nan)
+            {
                 let reason = format!("row {row}, column {} of FP8 weights is NaN", chunk * CHUNK + at);
                 return Err(Error::invalid(OP, reason));
             }

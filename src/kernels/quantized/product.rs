@@ -132,8 +132,7 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Product<'_, L, F> {
         }
         let mut sums = [lanes.float(0.0); N];
         for (index, chunk) in self.x.chunks.clone().enumerate() {
-            let lines = (chunk - panel.first_chunk) * layout.lines();
-            let codes = &panel.codes[lines..][..layout.lines()];
+            let (codes, scales) = panel.chunk(layout, chunk);
             if N <= 2 {
                 prefetch(codes.as_ptr().cast::<u8>().wrapping_add(AHEAD));
             }
@@ -151,9 +150,7 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Product<'_, L, F> {
                     }
                 }
             }
-            let block = chunk / layout.span - panel.first_chunk / layout.span;
-            let scale = panel.scales[block * layout.scales()..].first_chunk();
-            let scale = lanes.floats(scale.expect("16 numbers of four bytes"));
+            let scale = lanes.floats(scales.first_chunk().expect("16 numbers of four bytes"));
             for token in 0..N {
                 sums[token] = lanes.multiply_add(scale, dots[token], sums[token]);
             }
@@ -173,13 +170,10 @@ impl<L: Lanes, F: FnMut(usize, usize, &[f32; ROWS])> Product<'_, L, F> {
         }
         let mut sums = [lanes.float(0.0); N];
         for (index, chunk) in self.x.chunks.clone().enumerate() {
-            let lines = (chunk - panel.first_chunk) * layout.lines();
-            let codes = &panel.codes[lines..][..layout.lines()];
+            let (codes, scales) = panel.chunk(layout, chunk);
             if N <= 2 {
                 prefetch(codes.as_ptr().cast::<u8>().wrapping_add(AHEAD));
             }
-            let block = chunk / layout.span - panel.first_chunk / layout.span;
-            let scales = &panel.scales[block * layout.scales()..][..layout.scales()];
             let half = |at: usize| scales[at..].first_chunk().expect("16 numbers of two bytes");
             let factors = layout.numbers() + chunk % layout.span * layout.chunk_factors();
             let factor = |at: usize| scales[factors + at * ROWS..].first_chunk().expect("16 factors");

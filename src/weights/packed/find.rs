@@ -176,12 +176,10 @@ pub(super) fn find(
         let Some((module, part)) = name.rsplit_once('.') else { continue };
         let mut finder = Finder { checkpoint, module, parts: BTreeSet::new() };
         let found = match (packing.method, part) {
-            (PackingMethod::Gptq | PackingMethod::GptqModel | PackingMethod::GptqV2, "qweight") => {
-                Some(finder.gptq(packing)?)
-            }
-            (PackingMethod::Awq, "qweight") => Some(finder.awq(packing)?),
-            (PackingMethod::CompressedTensors, "weight_packed") => Some(finder.compressed(packing)?),
             (PackingMethod::CompressedTensors | PackingMethod::Fp8, "weight") => finder.bytes(packing)?,
+            (PackingMethod::CompressedTensors, "weight_packed") => Some(finder.compressed(packing)?),
+            (PackingMethod::CompressedTensors | PackingMethod::Fp8, _) => None,
+            (_, "qweight") => Some(finder.transposed(packing)?),
             _ => None,
         };
         if let Some(mut found) = found {
@@ -229,7 +227,6 @@ impl Finder<'_> {
         [codes_name, scales_name, zeros_name, order_name]: [&str; 4],
         (shape, tile): ([usize; 2], usize),
         (codes, zeros): (Words, Zeros),
-        transposed_scales: bool,
     ) -> Result<Module> {
         let groups = shape[1].div_ceil(tile);
         let order = self.order(order_name, shape[1], groups, tile)?;
@@ -242,7 +239,6 @@ impl Finder<'_> {
             codes: Codes::Packed(codes),
             scales_name: self.name(scales_name),
             scales_shape,
-            transposed_scales,
             zeros_name: self.name(zeros_name),
             zeros,
             tile: [1, tile],
@@ -252,65 +248,41 @@ impl Finder<'_> {
         })
     }
 
-    /// `qweight` is packed along the columns and stored transposed, `qzeros` is packed along the
-    /// rows and stored transposed.
-    fn gptq(&mut self, packing: &Packing) -> Result<Module> {
-        let [words, out] = self.words("qweight")?;
+    /// GPTQ and AWQ. All tensors are stored transposed. `qzeros` is packed along the rows, and
+    /// `qweight` along the columns or, by AWQ, along the rows.
+    fn transposed(&mut self, packing: &Packing) -> Result<Module> {
+        let words = self.words("qweight")?;
         let zeros = self.words("qzeros")?;
         let scales = self.part("scales")?.1;
+        let awq = packing.method == PackingMethod::Awq;
         let minus = match packing.method {
             PackingMethod::Gptq => Minus::OneOfNumber,
             PackingMethod::GptqModel => Minus::OneOfWord,
             _ => Minus::Nothing,
         };
         let fits = |tile: &Tile| {
-            let codes = Words {
-                bits: tile.bits,
-                transposed: true,
-                along_rows: false,
-                awq: false,
-                minus: Minus::Nothing,
-            };
+            let (bits, along_rows) = (tile.bits, awq);
+            let codes = Words { bits, transposed: true, along_rows, awq, minus: Minus::Nothing };
             let of_zeros = Words { along_rows: true, minus, ..codes };
-            let columns = words.saturating_mul(codes.per_word());
-            let group = tile.columns.unwrap_or(columns).clamp(1, columns.max(1));
-            let groups = columns.div_ceil(group);
-            check_bits("qweight", tile, false)?;
-            check_shape("scales", &scales, [groups, out])?;
-            check_shape("qzeros", &zeros, of_zeros.shape([out, groups]))?;
-            self.check_order("g_idx", tile)?;
-            Ok((([out, columns], group), (codes, Zeros::Packed(of_zeros))))
-        };
-        let (shape, words) = self.select("qweight", packing.tiles.iter(), fits)?;
-        self.packed(["qweight", "scales", "qzeros", "g_idx"], shape, words, true)
-    }
-
-    /// `qweight` and `qzeros` are packed along the rows and stored transposed.
-    fn awq(&mut self, packing: &Packing) -> Result<Module> {
-        let [columns, words] = self.words("qweight")?;
-        let zeros = self.words("qzeros")?;
-        let scales = self.part("scales")?.1;
-        let fits = |tile: &Tile| {
-            let codes = Words {
-                bits: tile.bits,
-                transposed: true,
-                along_rows: true,
-                awq: true,
-                minus: Minus::Nothing,
+            let [columns, out] = words;
+            let shape = match awq {
+                true => [out.saturating_mul(codes.per_word()), columns],
+                false => [out, columns.saturating_mul(codes.per_word())],
             };
-            let out = words.saturating_mul(codes.per_word());
-            let group = tile.columns.unwrap_or(columns).clamp(1, columns.max(1));
+            let [out, columns] = shape;
+            let group = size(tile.columns, columns);
             let groups = columns.div_ceil(group);
             check_bits("qweight", tile, false)?;
-            if tile.bits != 4 {
+            if awq && tile.bits != 4 {
                 return Err(("qweight", format!("AWQ has no weights of {} bits", tile.bits)));
             }
             check_shape("scales", &scales, [groups, out])?;
-            check_shape("qzeros", &zeros, codes.shape([out, groups]))?;
-            Ok((([out, columns], group), (codes, Zeros::Packed(codes))))
+            check_shape("qzeros", &zeros, of_zeros.shape([out, groups]))?;
+            self.check_order("g_idx", tile)?;
+            Ok(((shape, group), (codes, Zeros::Packed(of_zeros))))
         };
         let (shape, words) = self.select("qweight", packing.tiles.iter(), fits)?;
-        self.packed(["qweight", "scales", "qzeros", "g_idx"], shape, words, true)
+        self.packed(["qweight", "scales", "qzeros", "g_idx"], shape, words)
     }
 
     /// `weight_packed` is packed along the columns, `weight_zero_point` along the rows.
@@ -332,7 +304,7 @@ impl Finder<'_> {
                 minus: Minus::Nothing,
             };
             let of_zeros = Words { along_rows: true, ..codes };
-            let group = tile.columns.unwrap_or(columns).clamp(1, columns.max(1));
+            let group = size(tile.columns, columns);
             let grid = [out, columns.div_ceil(group)];
             check_bits("weight_packed", tile, false)?;
             if tile.rows != Some(1) {
@@ -353,7 +325,7 @@ impl Finder<'_> {
         };
         let (shape, words) = self.select("weight_packed", packing.tiles.iter(), fits)?;
         let names = ["weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"];
-        self.packed(names, shape, words, false)
+        self.packed(names, shape, words)
     }
 
     /// Reads the shape of a packed matrix.
@@ -423,7 +395,6 @@ impl Finder<'_> {
                 return Err(("weight_zero_point", "is missing".into()));
             }
             self.check_order("weight_g_idx", tile)?;
-            let size = |tile: Option<usize>, all: usize| tile.unwrap_or(all).clamp(1, all.max(1));
             let tile = [size(tile.rows, out), size(tile.columns, columns)];
             check_grid(scales_name, &scales, [out.div_ceil(tile[0]), columns.div_ceil(tile[1])])?;
             Ok(tile)
@@ -443,7 +414,6 @@ impl Finder<'_> {
             codes,
             scales_name: self.name(scales_name),
             scales_shape: scales,
-            transposed_scales: false,
             zeros_name: self.name("weight_zero_point"),
             zeros,
             tile,
@@ -452,6 +422,11 @@ impl Finder<'_> {
             parts: BTreeSet::new(),
         }))
     }
+}
+
+/// Returns the rows or columns of a tile of a matrix that has `all` of them.
+fn size(tile: Option<usize>, all: usize) -> usize {
+    tile.unwrap_or(all).clamp(1, all.max(1))
 }
 
 /// Returns the largest group that does not cross tiles of so many columns.

@@ -150,7 +150,7 @@ fn of_tiles<T: Copy + Default>(
     let of_tile = rows.start / module.tile[0]..rows.end.div_ceil(module.tile[0]);
     let stored = &module.scales_shape[..];
     let mut region = Region::whole(stored);
-    let ranges = match (stored.len(), module.transposed_scales) {
+    let ranges = match (stored.len(), module.transposes_scales()) {
         (2, true) => vec![groups.clone(), of_tile.clone()],
         (2, false) => vec![of_tile.clone(), groups.clone()],
         (dims, _) => vec![of_tile.clone(); dims],
@@ -162,7 +162,7 @@ fn of_tiles<T: Copy + Default>(
     read(&region, &mut tiles)?;
     let at = |row: usize, group: usize| {
         let row = row / module.tile[0] - of_tile.start;
-        if module.transposed_scales { group * of_tile.len() + row } else { row * groups.len() + group }
+        if module.transposes_scales() { group * of_tile.len() + row } else { row * groups.len() + group }
     };
     let of_row = |row: usize| (0..groups.len()).map(move |group| (row, group));
     let numbers = rows.flat_map(of_row).map(|(row, group)| tiles[at(row, group)]).collect();

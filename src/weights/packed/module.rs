@@ -91,8 +91,6 @@ pub(super) struct Module {
     pub(super) scales_name: String,
     /// The shape in which the scales are stored.
     pub(super) scales_shape: Vec<usize>,
-    /// Whether the scales are stored as `[groups, out]`.
-    pub(super) transposed_scales: bool,
     pub(super) zeros_name: String,
     pub(super) zeros: Zeros,
     /// The rows and columns that share a scale. The columns count in the order of the groups.
@@ -105,6 +103,12 @@ pub(super) struct Module {
 }
 
 impl Module {
+    /// Whether the scales are stored as `[groups, out]`, which they are if the codes are
+    /// transposed.
+    pub(super) fn transposes_scales(&self) -> bool {
+        matches!(self.codes, Codes::Packed(Words { transposed: true, .. }))
+    }
+
     /// The numbers of rows and columns of scales.
     pub(super) fn grid(&self) -> [usize; 2] {
         [self.shape[0].div_ceil(self.tile[0]), self.shape[1].div_ceil(self.tile[1])]
