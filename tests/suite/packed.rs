@@ -627,10 +627,11 @@ fn mutated_checkpoints_do_not_panic() {
     let packings: Vec<_> = cases.iter().map(|case| packing(&case.quantization).unwrap()).collect();
     let types =
         [Dtype::I32, Dtype::I8, Dtype::F8_E4M3, Dtype::F16, Dtype::BF16, Dtype::F32, Dtype::I64, Dtype::U8];
-    let mut opened = 0;
+    let (mut opened, mut checked) = (0, 0);
     for number in 0..count {
         let mut choices = Choices::new(number, "packed");
-        let case = &cases[choices.below(cases.len())];
+        let own = choices.below(cases.len());
+        let case = &cases[own];
         let mut tensors = case.tensors.clone();
         for _ in 0..1 + choices.below(2) {
             let at = choices.below(tensors.len());
@@ -647,7 +648,9 @@ fn mutated_checkpoints_do_not_panic() {
             bytes.resize(len, choices.below(256) as u8);
         }
         let (_folder, path) = written(&tensors);
-        let packing = &packings[choices.below(packings.len())];
+        // A packing that does not know the tensors would find no matrix to read.
+        let other = choices.below(packings.len());
+        let packing = &packings[if choices.below(4) == 0 { other } else { own }];
         let checkpoint = Checkpoint::open(path).unwrap();
         let packed = match Packed::new(checkpoint, packing) {
             Ok(packed) => packed,
@@ -664,6 +667,7 @@ fn mutated_checkpoints_do_not_panic() {
                 region.narrow(dim, choices.range(case.shape[dim]))
             });
             let read = read(&packed, &name, &region);
+            checked += u64::from(read.is_ok());
             let fine = matches!(read, Ok(_) | Err(Error::Checkpoint { .. } | Error::TensorShape { .. }));
             assert!(fine, "case {number}: {name}: {read:?}");
             let groups = match packed.column_groups(&name, region.ranges()[1].clone()) {
@@ -681,6 +685,7 @@ fn mutated_checkpoints_do_not_panic() {
         }
     }
     assert!(opened > count / 20 && opened < count, "{opened} of {count} checkpoints were opened");
+    assert!(checked > count / 10, "regions of {checked} matrices were read");
 }
 
 #[test]
