@@ -5,12 +5,14 @@
 //! group returns the group's first error, and `Send` because a rank's error goes to the thread that
 //! launched it.
 
+mod refusal;
 mod site;
 
+pub use refusal::Refusal;
 pub(crate) use site::layer_of;
 pub use site::{Site, SiteGuard};
 
-use std::{fmt, io, path::PathBuf, time::Duration};
+use std::{fmt, io, net::SocketAddr, path::PathBuf, time::Duration};
 
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -175,6 +177,54 @@ pub enum Error {
         /// The name of the group.
         group: String,
     },
+    /// The processes of a job refused to connect: this rank and the process at `address`.
+    #[error("rendezvous: rank {rank} of {world}, at {address}: refused: {refusal}")]
+    Refused {
+        /// This rank.
+        rank: usize,
+        /// The number of ranks.
+        world: usize,
+        /// The address of rank 0.
+        address: SocketAddr,
+        /// The reason.
+        refusal: Refusal,
+    },
+    /// Ranks did not connect to rank 0 within the deadline.
+    #[error(
+        "rendezvous: ranks {missing:?} did not connect to rank 0 at {address} within {after:?}{}",
+        refused_text(*refused, last.as_ref())
+    )]
+    NotConnected {
+        /// The ranks that did not connect.
+        missing: Vec<usize>,
+        /// The address of rank 0.
+        address: SocketAddr,
+        /// The deadline.
+        after: Duration,
+        /// The number of connections that rank 0 refused.
+        refused: u64,
+        /// Why rank 0 refused the last one of them.
+        last: Option<Refusal>,
+    },
+    /// A transport would send plaintext between machines, which the job's policy forbids:
+    /// [`crate::security::Policy`].
+    #[error("{transport} sends plaintext between machines, but the policy is `{policy}`: {hint}")]
+    NotEncrypted {
+        /// The transport.
+        transport: &'static str,
+        /// The policy.
+        policy: String,
+        /// What is allowed instead, or why the network is not the trusted one.
+        hint: String,
+    },
+    /// A key, a certificate or a membership file cannot be used.
+    #[error("{}: {reason}", .path.display())]
+    Credential {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A file could not be opened, read or written.
     #[error("{}: {reason}", .path.display())]
     Io {
@@ -285,6 +335,12 @@ impl Error {
     pub fn is_consequence(&self) -> bool {
         matches!(self, Self::PeerLost { .. } | Self::Deadline { .. })
     }
+}
+
+/// What rank 0 says about the connections that it refused.
+fn refused_text(refused: u64, last: Option<&Refusal>) -> String {
+    let last = last.map_or(String::new(), |last| format!(", the last because {last}"));
+    if refused == 0 { String::new() } else { format!("; rank 0 refused {refused} connections{last}") }
 }
 
 /// Returns [`Error::Sizes`] unless the two sizes are equal.

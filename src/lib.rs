@@ -85,13 +85,14 @@ pub mod prelude;
 #[cfg(feature = "reference")]
 pub mod reference;
 pub mod rng;
+pub mod security;
 pub mod shard;
 pub mod tensor;
 pub mod trace;
 pub mod train;
 pub mod weights;
 
-pub use error::{Error, LostReason, Mismatch, Result, Site, SiteGuard};
+pub use error::{Error, LostReason, Mismatch, Refusal, Result, Site, SiteGuard};
 pub use tensor::Tensor;
 
 /// Runs the code of README.md and of the pages in docs/ as doc tests.

@@ -4,6 +4,7 @@ use super::{Call, ReduceOp, Shards, cause::Cause};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Device},
     error::{Error, Result},
+    security::{Channel, Policy},
     shard::Shape,
 };
 use std::time::Duration;
@@ -60,6 +61,16 @@ pub trait Communicator<B: Device> {
 
     /// Waits until every rank has called `barrier`.
     fn barrier(&self, call: &Call) -> Result<()>;
+
+    /// How the data of this group travels. The default is plaintext on a network.
+    fn channel(&self) -> Channel {
+        Channel::plaintext(false)
+    }
+
+    /// Which transports the job may use: NCCL checks it before it connects the ranks of this group.
+    fn policy(&self) -> Policy {
+        Policy::Any
+    }
 
     /// Returns the failure that prevents `call`, if there is one, without waiting. A rank that left
     /// without an error does not prevent the call, because it may have joined the call before it

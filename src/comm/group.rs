@@ -74,7 +74,8 @@ impl<B: Device> Group<B> {
     }
 
     fn of(communicator: Rc<dyn Communicator<B>>, device: &B, identity: Rc<Identity>) -> Self {
-        trace::join(identity.id, &identity.name, communicator.rank(), communicator.size());
+        let (rank, size) = (communicator.rank(), communicator.size());
+        trace::join(identity.id, &identity.name, rank, size, communicator.channel().to_string());
         let shared = Shared { communicator, device: device.clone(), identity };
         Self { shared: Rc::new(shared), reduction: Reduction::Fast, overlap: Overlap::Off }
     }

@@ -4,6 +4,7 @@ use super::{Call, Communicator, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
     device::{AnyMut, AnyRef, Meta},
     error::{Error, Result},
+    security::Channel,
 };
 
 /// One simulated rank of a group of any size. There are no other ranks: every collective returns at
@@ -37,6 +38,10 @@ impl Communicator<Meta> for Planned {
 
     fn size(&self) -> usize {
         self.size
+    }
+
+    fn channel(&self) -> Channel {
+        Channel::MEMORY
     }
 
     fn all_reduce(&self, _: &Call, _: ReduceOp, _: AnyMut<'_, Meta>) -> Result<()> {

@@ -6,6 +6,7 @@ use super::{
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, DType, Device},
     error::{Error, Result},
+    security::{Channel, Policy},
 };
 use std::{cell::RefCell, fmt, rc::Rc, time::Duration};
 
@@ -87,6 +88,14 @@ impl<B: Device> Communicator<B> for Recorded<B> {
 
     fn size(&self) -> usize {
         self.inner.size()
+    }
+
+    fn channel(&self) -> Channel {
+        self.inner.channel()
+    }
+
+    fn policy(&self) -> Policy {
+        self.inner.policy()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {

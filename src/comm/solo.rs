@@ -4,6 +4,7 @@ use super::{Call, Communicator, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
     device::{AnyMut, AnyRef, Device, Element, each_dtype, zeroed},
     error::{Error, Result, same_shape},
+    security::Channel,
 };
 
 /// The communicator of a single rank, on any device. A tensor-parallel layer on one rank is the
@@ -48,6 +49,10 @@ impl<B: Device> Communicator<B> for Solo<B> {
 
     fn size(&self) -> usize {
         1
+    }
+
+    fn channel(&self) -> Channel {
+        Channel::MEMORY
     }
 
     fn all_reduce(&self, _: &Call, _: ReduceOp, _: AnyMut<'_, B>) -> Result<()> {

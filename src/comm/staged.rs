@@ -4,6 +4,7 @@ use super::{Call, Collective, Communicator, InFlight, Incoming, Outgoing, Reduce
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Device, Element, each_dtype},
     error::{Error, Result},
+    security::{Channel, Policy},
 };
 use half::{bf16, f16};
 use std::rc::Rc;
@@ -73,6 +74,14 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
 
     fn size(&self) -> usize {
         self.host.size()
+    }
+
+    fn channel(&self) -> Channel {
+        self.host.channel()
+    }
+
+    fn policy(&self) -> Policy {
+        self.host.policy()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {

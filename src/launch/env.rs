@@ -1,7 +1,10 @@
 //! The environment variables that a launcher sets for each process.
 
 use super::MAX_RANKS;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    security::{Identity, Policy, Secret},
+};
 
 const OP: &str = "launch";
 
@@ -32,7 +35,10 @@ const OP: &str = "launch";
 /// * `SHARDWISE_TOKEN` is the shared secret with which ranks authenticate each other and all their
 ///   frames. It is required unless the ranks communicate over loopback. With a token, rank 0
 ///   listens on all its addresses if it cannot bind `MASTER_ADDR`, which may therefore be the
-///   address of a service. Nothing is encrypted.
+///   address of a service. A token encrypts nothing.
+/// * With an [`Identity`] (`SHARDWISE_KEY` and others) the connections use TLS 1.3, and each rank
+///   proves that it is that rank of that job. A token is then not required.
+/// * `SHARDWISE_POLICY` is the [`Policy`].
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -65,7 +71,11 @@ pub struct Env {
     /// How many times the launcher has started the job before.
     pub epoch: u64,
     /// The secret that only the ranks know; empty if there is none.
-    pub token: String,
+    pub token: Secret,
+    /// The files with which this rank proves which rank it is, for TLS.
+    pub identity: Option<Identity>,
+    /// Which transports the job may use.
+    pub policy: Policy,
 }
 
 /// The variables of one launcher.
@@ -208,8 +218,15 @@ impl Env {
             .filter(|port| *port != 0)
             .ok_or_else(|| Error::invalid(OP, format!("there is no port {port}")))?;
         let epoch = number(launcher.epoch)?.unwrap_or(0) as u64;
-        let token = text("SHARDWISE_TOKEN").unwrap_or_default();
+        let token = text("SHARDWISE_TOKEN").unwrap_or_default().into();
+        let (identity, policy) = (Identity::of(text)?, policy(text)?);
         let local_world = local_world.unwrap_or(if alone { world } else { 1 });
-        Ok(Self { rank, world, local_rank, local_world, host, port, job, epoch, token })
+        Ok(Self { rank, world, local_rank, local_world, host, port, job, epoch, token, identity, policy })
     }
+}
+
+/// Reads the policy of an environment.
+pub(super) fn policy(variable: impl Fn(&str) -> Option<String>) -> Result<Policy> {
+    let text = variable(Policy::VARIABLE).filter(|text| !text.is_empty());
+    text.map_or(Ok(Policy::Any), |text| text.parse())
 }

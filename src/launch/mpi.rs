@@ -1,9 +1,11 @@
 //! Ranks that an MPI launcher has started.
 
+use super::{Env, env::policy};
 use crate::{
     comm::{self, Communicator, Group, Universe},
     device::Cpu,
     error::{Error, LostReason, Result},
+    security::Policy,
     trace,
 };
 use std::{
@@ -30,6 +32,7 @@ pub fn mpi<R>(rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
 pub struct Mpi {
     deadline: Duration,
     message_limit: usize,
+    policy: Option<Policy>,
 }
 
 impl Default for Mpi {
@@ -42,7 +45,7 @@ impl Mpi {
     /// The defaults: a rank waits two minutes for the others in a collective, and splits messages
     /// of more than 64 MiB.
     pub fn new() -> Self {
-        Self { deadline: Duration::from_secs(120), message_limit: 64 << 20 }
+        Self { deadline: Duration::from_secs(120), message_limit: 64 << 20, policy: None }
     }
 
     /// Sets how long a rank waits in one collective while no data arrives from the other ranks.
@@ -54,6 +57,13 @@ impl Mpi {
     /// in `int` and because the deadline restarts with each fragment.
     pub fn message_limit(self, bytes: usize) -> Self {
         Self { message_limit: bytes, ..self }
+    }
+
+    /// Sets the policy. The default is `SHARDWISE_POLICY`. MPI encrypts nothing, so a policy other
+    /// than [`Policy::Any`] refuses a job whose launcher does not report that all ranks are on one
+    /// machine.
+    pub fn policy(self, policy: Policy) -> Self {
+        Self { policy: Some(policy), ..self }
     }
 
     /// Starts MPI, unless this program has started it, and runs `rank` with the group of all
@@ -69,17 +79,21 @@ impl Mpi {
     /// `rank` what every process must report: no process returns before all have left.
     ///
     /// # Errors
-    /// When `rank` fails, or when this rank has not received a message that another rank sent to
-    /// it. MPI's own errors end the process, as usual with MPI.
+    /// When the policy refuses MPI ([`Error::NotEncrypted`]), when `rank` fails, or when this rank
+    /// has not received a message that another rank sent to it. MPI's own errors end the process,
+    /// as usual with MPI.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
-        let universe = Universe::start(self.deadline, self.message_limit)?;
+        let policy = self.policy.map_or_else(|| policy(|name| std::env::var(name).ok()), Ok)?;
+        let one_machine = || Env::read().is_ok_and(|env| env.local_world >= env.world);
+        let universe = Universe::start(self.deadline, self.message_limit, policy, one_machine)?;
         let comm = universe.world();
         // The job's name from the launcher, or else a constant, because all processes need the same
         // name.
         let job = std::env::var("PMIX_NAMESPACE").or_else(|_| std::env::var("PMI_JOBID"));
         trace::begin(job.unwrap_or_else(|_| "mpi".into()), comm.rank(), comm.size(), trace::folder());
+        let admitted = policy.admit("MPI", comm.channel(), None);
         let world = Group::new(Rc::new(comm), &Cpu::new());
-        let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
+        let result = catch_unwind(AssertUnwindSafe(|| admitted.and_then(|()| rank(world))));
         trace::end(&result);
         let unread = match &result {
             Ok(Ok(_)) => universe.end(LostReason::Left, None),

@@ -235,8 +235,8 @@ pub(crate) fn end<R>(result: &std::thread::Result<Result<R>>) {
     file.iter().for_each(RecordFile::write);
 }
 
-/// Records that this rank belongs to a group.
-pub(crate) fn join(id: u64, name: &str, rank: usize, size: usize) {
+/// Records that this rank belongs to a group, and how the group's data travels.
+pub(crate) fn join(id: u64, name: &str, rank: usize, size: usize, channel: String) {
     if id == UNRECORDED {
         return;
     }
@@ -246,7 +246,7 @@ pub(crate) fn join(id: u64, name: &str, rank: usize, size: usize) {
             let used: std::collections::BTreeSet<_> = used.map(|(group, _)| group).collect();
             recorder.groups.retain(|id, _| used.contains(id));
         }
-        recorder.groups.insert(id, GroupInfo { name: name.into(), rank, size });
+        recorder.groups.insert(id, GroupInfo { name: name.into(), rank, size, channel });
     });
 }
 

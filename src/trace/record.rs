@@ -50,6 +50,9 @@ pub struct GroupInfo {
     pub rank: usize,
     /// The number of ranks.
     pub size: usize,
+    /// How the group's data travels, as text: [`Channel`](crate::security::Channel). Empty in records
+    /// of earlier versions.
+    pub channel: String,
 }
 
 /// One operation of a rank.
@@ -180,7 +183,8 @@ impl Record {
             .groups
             .iter()
             .map(|(id, group)| {
-                (id.clone(), json!({ "name": group.name, "rank": group.rank, "size": group.size }))
+                let GroupInfo { name, rank, size, channel } = group;
+                (id.clone(), json!({ "name": name, "rank": rank, "size": size, "channel": channel }))
             })
             .collect();
         let mut lines = json!({
@@ -231,7 +235,8 @@ impl Record {
         let ended = text(&head["ended"])?;
         let groups = head["groups"].as_object()?.iter().map(|(id, group)| {
             let (rank, size) = (number(&group["rank"])? as usize, number(&group["size"])? as usize);
-            Some((id.clone(), GroupInfo { name: text(&group["name"])?, rank, size }))
+            let channel = text(&group["channel"]).unwrap_or_default();
+            Some((id.clone(), GroupInfo { name: text(&group["name"])?, rank, size, channel }))
         });
         let entry = |line: Option<Value>| {
             let line = line?;

@@ -9,17 +9,18 @@ use std::{
 
 /// The modules of the crate that a module may import in addition to itself, `error` and `shard`. A
 /// file or folder that may import more than its module has its own entry.
-const ALLOWED: [(&str, &[&str]); 19] = [
+const ALLOWED: [(&str, &[&str]); 20] = [
     ("error", &[]),
     ("shard", &[]),
     ("rng", &[]),
+    ("security", &[]),
     ("device", &[]),
     ("trace", &["device"]),
     ("kernels", &["device", "rng"]),
     ("tensor", &["device", "kernels", "rng"]),
     ("ops", &["device", "kernels", "tensor", "trace"]),
-    ("comm", &["device", "kernels", "tensor", "trace"]),
-    ("launch", &["comm", "device", "trace"]),
+    ("comm", &["device", "kernels", "security", "tensor", "trace"]),
+    ("launch", &["comm", "device", "security", "trace"]),
     ("parallel", &["comm", "device", "kernels", "ops", "rng", "tensor", "trace"]),
     ("optim", &["comm", "device", "kernels", "tensor"]),
     ("train", &["comm", "device", "kernels", "parallel", "rng", "tensor"]),

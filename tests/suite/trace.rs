@@ -151,7 +151,11 @@ fn of_those_that_were_late_who_was_on_its_way_is_not_blamed() {
             began: 0,
             written: 2000,
             ended: Ended::Failed,
-            groups: [("0".to_string(), GroupInfo { name: "world".into(), rank, size: 3 })].into(),
+            groups: [(
+                "0".to_string(),
+                GroupInfo { name: "world".into(), rank, size: 3, channel: String::new() },
+            )]
+            .into(),
             forgotten: 0,
             entries: vec![failed.unwrap_or(call)],
         }

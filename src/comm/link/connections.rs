@@ -7,15 +7,16 @@ use super::{
     frame::{Frame, Keyed, Kind, Seal, Strings, from_loss},
     hub::{Hub, from_counts},
     inbox::Inbox,
+    wire::Wire,
 };
 use crate::{
     comm::call::never_received,
     error::{Error, LostReason},
+    security::{Channel, Policy},
 };
 use std::{
     collections::HashMap,
     io::{self, BufReader, ErrorKind},
-    net::{Shutdown, TcpStream},
     sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
     thread,
     time::{Duration, Instant},
@@ -37,6 +38,8 @@ pub(super) struct Transport {
     pub(super) rank: usize,
     pub(super) world: usize,
     pub(super) deadline: Duration,
+    pub(super) channel: Channel,
+    pub(super) policy: Policy,
     inbox: Mutex<Inbox>,
     news: Condvar,
     /// The number of external steps that this rank has reached, by the id of their work.
@@ -56,7 +59,7 @@ pub(super) struct Transport {
 /// A connection to another rank.
 #[derive(Debug)]
 struct Peer {
-    stream: TcpStream,
+    wire: Wire,
     /// Numbers and authenticates the sent frames. Locked while a frame is written.
     seal: Mutex<Seal>,
     /// The frames that rank 0 has yet to write. None after the connection has closed, and on all
@@ -75,10 +78,10 @@ struct Queue {
 
 impl Peer {
     fn write(&self, frame: &Frame) -> io::Result<()> {
-        let written = frame.write(&mut &self.stream, &mut lock(&self.seal));
+        let written = frame.write(&mut &self.wire, &mut lock(&self.seal));
         if written.is_err() {
             // The shutdown ends the reading thread's stream, and that thread reports the loss.
-            let _ = self.stream.shutdown(Shutdown::Both);
+            self.wire.shutdown();
         }
         written
     }
@@ -243,7 +246,7 @@ impl Transport {
     }
 
     /// Reads frames from a peer until the connection ends.
-    fn listen(&self, peer: usize, from: &TcpStream, mut seal: Seal) {
+    fn listen(&self, peer: usize, from: &Wire, mut seal: Seal) {
         let mut from = BufReader::new(from);
         let ended = loop {
             match Frame::read(&mut from, &mut seal) {
@@ -265,7 +268,7 @@ impl Transport {
         };
         if ended.kind() == ErrorKind::InvalidData {
             tracing::error!(target: "shardwise", rank = self.rank, peer, error = %ended, "an invalid frame arrived, so the connection is closed");
-            let _ = from.get_ref().shutdown(Shutdown::Both);
+            from.get_ref().shutdown();
         }
         if self.rank == 0 {
             // After rank 0 has closed its connections, it reports no loss of another rank, because
@@ -284,32 +287,34 @@ impl Transport {
 impl Connections {
     /// Starts the threads of rank `rank` for its connections. `peers` has an entry for each rank:
     /// on rank 0, the connections to all other ranks; on another rank, only the connection to rank
-    /// 0. Each connection comes with the HMAC that authenticates its frames.
+    /// 0. Each connection comes with the HMAC that authenticates its frames, unless it uses TLS.
     ///
     /// # Errors
     /// When a connection cannot be used or a thread cannot be started.
     pub(crate) fn new(
         rank: usize,
         deadline: Duration,
-        peers: Vec<Option<(TcpStream, Keyed)>>,
+        (channel, policy): (Channel, Policy),
+        peers: Vec<Option<(Wire, Option<Keyed>)>>,
     ) -> io::Result<Self> {
         let (mut readers, mut writers) = (Vec::new(), Vec::new());
         let world = peers.len();
-        let open = |(number, peer): (usize, Option<(TcpStream, Keyed)>)| {
-            let Some((stream, nonces)) = peer else { return Ok(None) };
-            stream.set_nodelay(true)?;
-            stream.set_nonblocking(false)?;
-            stream.set_read_timeout(None)?;
+        let open = |(number, peer): (usize, Option<(Wire, Option<Keyed>)>)| {
+            let Some((wire, nonces)) = peer else { return Ok(None) };
+            let tcp = wire.tcp();
+            tcp.set_nodelay(true)?;
+            tcp.set_nonblocking(false)?;
+            tcp.set_read_timeout(None)?;
             // Only a writing thread of rank 0 may block for as long as the connection exists.
-            stream.set_write_timeout((rank != 0).then_some(deadline.max(Duration::from_millis(1))))?;
-            readers.push((number, Seal::new(&nonces, number)));
+            tcp.set_write_timeout((rank != 0).then_some(deadline.max(Duration::from_millis(1))))?;
+            readers.push((number, Seal::new(nonces.as_ref(), number)));
             let queue = (rank == 0).then(|| {
                 let ((frames, queued), (writing, written)) = (mpsc::channel(), mpsc::channel());
                 writers.push((number, queued, writing));
                 Queue { frames, written }
             });
-            let seal = Mutex::new(Seal::new(&nonces, rank));
-            Ok(Some(Peer { stream, seal, queue: Mutex::new(queue) }))
+            let seal = Mutex::new(Seal::new(nonces.as_ref(), rank));
+            Ok(Some(Peer { wire, seal, queue: Mutex::new(queue) }))
         };
         let peers = peers.into_iter().enumerate().map(open).collect::<io::Result<_>>()?;
         let (inbox, news, steps, asks, first_loss) = Default::default();
@@ -319,6 +324,8 @@ impl Connections {
                 rank,
                 world,
                 deadline,
+                channel,
+                policy,
                 inbox,
                 news,
                 steps,
@@ -345,7 +352,7 @@ impl Connections {
         for (peer, seal) in readers {
             let read = move |transport: &Transport| {
                 let Some(from) = &transport.peers[peer] else { return };
-                transport.listen(peer, &from.stream, seal);
+                transport.listen(peer, &from.wire, seal);
             };
             start(format!("link to rank {peer}"), Box::new(read))?;
         }
@@ -386,7 +393,7 @@ impl Connections {
         }
         transport.with_inbox(|inbox| inbox.gone = true);
         for peer in transport.peers.iter().flatten() {
-            let _ = peer.stream.shutdown(Shutdown::Both);
+            peer.wire.shutdown();
         }
     }
 
@@ -413,7 +420,7 @@ impl Drop for Connections {
 mod tests {
     use super::*;
     use hmac::KeyInit;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     /// Two threads of a rank ask for steps: its own thread and its watchdog.
     #[test]
@@ -422,9 +429,11 @@ mod tests {
         let there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (here, _) = listener.accept().unwrap();
         let nonces = Keyed::new_from_slice(b"token and nonces").unwrap();
-        let connections = |rank, peers| Connections::new(rank, Duration::from_secs(60), peers).unwrap();
-        let first = connections(0, vec![None, Some((here, nonces.clone()))]);
-        let second = connections(1, vec![Some((there, nonces)), None]);
+        let wire = |tcp: TcpStream| Some((Wire::plain(tcp.into()), Some(nonces.clone())));
+        let kind = (Channel::plaintext(true), Policy::Any);
+        let connections = |rank, peers| Connections::new(rank, Duration::from_secs(60), kind, peers).unwrap();
+        let first = connections(0, vec![None, wire(here)]);
+        let second = connections(1, vec![wire(there), None]);
         second.transport().record_steps(7, 3);
         thread::scope(|scope| {
             for _ in 0..2 {

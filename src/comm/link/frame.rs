@@ -4,7 +4,7 @@
 //! bytes, and the body. The tag is a truncated HMAC-SHA-256 with the job's token as key. It covers
 //! the nonces of both ranks, the sending rank, the frame's sequence number on the connection, the
 //! six u64, and the SHA-256 of the body. If a frame was changed, repeated, dropped or reordered,
-//! the receiver closes the connection.
+//! the receiver closes the connection. Over TLS, which has the same effect, frames have no tag.
 
 use crate::error::{LostReason, Mismatch};
 use hmac::{Hmac, Mac};
@@ -105,22 +105,24 @@ pub(crate) type Keyed = Hmac<Sha256>;
 /// Numbers and authenticates the frames of one direction of a connection.
 #[derive(Debug)]
 pub(super) struct Seal {
-    mac: Keyed,
+    /// None over TLS.
+    mac: Option<Keyed>,
     frames: u64,
 }
 
 impl Seal {
     /// The frames that rank `from` sends. `nonces` is an HMAC with the token as key, and has
-    /// absorbed the nonces of both ranks.
-    pub(super) fn new(nonces: &Keyed, from: usize) -> Self {
-        Self { mac: nonces.clone().chain_update((from as u64).to_le_bytes()), frames: 0 }
+    /// absorbed the nonces of both ranks; none over TLS.
+    pub(super) fn new(nonces: Option<&Keyed>, from: usize) -> Self {
+        let mac = nonces.map(|nonces| nonces.clone().chain_update((from as u64).to_le_bytes()));
+        Self { mac, frames: 0 }
     }
 
-    /// The HMAC of the next frame.
-    fn next(&mut self, head: &[u8], body: &Body) -> Keyed {
+    /// The HMAC of the next frame; none over TLS.
+    fn next(&mut self, head: &[u8], body: &Body) -> Option<Keyed> {
         let number = self.frames.to_le_bytes();
         self.frames += 1;
-        self.mac.clone().chain_update(number).chain_update(head).chain_update(body.digest())
+        Some(self.mac.clone()?.chain_update(number).chain_update(head).chain_update(body.digest()))
     }
 }
 
@@ -150,8 +152,9 @@ impl Frame {
             self.body.len() as u64,
         ];
         let mut head: Vec<u8> = head.iter().flat_map(|number| number.to_le_bytes()).collect();
-        let tag = seal.next(&head, &self.body).finalize().into_bytes();
-        head.extend(&tag[..TAG_BYTES]);
+        if let Some(tag) = seal.next(&head, &self.body) {
+            head.extend(&tag.finalize().into_bytes()[..TAG_BYTES]);
+        }
         // Writes a short frame with one call, so that it can travel in one packet.
         if self.body.len() < 1 << 16 {
             head.extend(&*self.body);
@@ -166,7 +169,9 @@ impl Frame {
         let mut head = [0; 48];
         from.read_exact(&mut head)?;
         let mut tag = [0; TAG_BYTES];
-        from.read_exact(&mut tag)?;
+        if seal.mac.is_some() {
+            from.read_exact(&mut tag)?;
+        }
         let numbers = Numbers(&head).collect::<Vec<_>>();
         if numbers[5] > MAX_BODY {
             return Err(bad("the body of a frame is too long"));
@@ -178,7 +183,7 @@ impl Frame {
         }
         let body = body.into();
         // The comparison takes constant time, so that it leaks no prefix of the tag.
-        if seal.next(&head, &body).verify_truncated_left(&tag).is_err() {
+        if seal.next(&head, &body).is_some_and(|mac| mac.verify_truncated_left(&tag).is_err()) {
             return Err(bad(
                 "a frame failed its authentication: it was changed, repeated, dropped or reordered",
             ));
@@ -284,7 +289,7 @@ mod tests {
     }
 
     fn written() -> Vec<Vec<u8>> {
-        let mut seal = Seal::new(&keyed(b"token"), 1);
+        let mut seal = Seal::new(Some(&keyed(b"token")), 1);
         let frame = |body: &[u8]| Frame::new(Kind::Message, 1 << 63, 5, (3, 4), body.to_vec());
         let frames = [frame(b""), frame(b"words"), frame(&vec![7; 1 << 17])];
         let bytes = frames.map(|frame| {
@@ -304,7 +309,7 @@ mod tests {
 
     #[test]
     fn frames_are_read_as_they_were_written() {
-        let (frames, mut seal) = (written().concat(), Seal::new(&keyed(b"token"), 1));
+        let (frames, mut seal) = (written().concat(), Seal::new(Some(&keyed(b"token")), 1));
         let mut from = &frames[..];
         for len in [0, 5, 1 << 17] {
             let frame = Frame::read(&mut from, &mut seal).unwrap();
@@ -317,7 +322,7 @@ mod tests {
     #[test]
     fn frames_that_were_changed_repeated_or_left_out_are_refused() {
         let frames = written();
-        let seal = || Seal::new(&keyed(b"token"), 1);
+        let seal = || Seal::new(Some(&keyed(b"token")), 1);
         for byte in 0..frames[1].len() {
             let mut changed = frames.clone();
             changed[1][byte] ^= 16;
@@ -329,7 +334,7 @@ mod tests {
         assert_eq!(read(&order(&[1, 0]), &mut seal()), 0);
         // Reads the frames first with a wrong token or wrong nonces, then as frames of the other
         // rank.
-        assert_eq!(read(&frames, &mut Seal::new(&keyed(b"guess"), 1)), 0);
-        assert_eq!(read(&frames, &mut Seal::new(&keyed(b"token"), 0)), 0);
+        assert_eq!(read(&frames, &mut Seal::new(Some(&keyed(b"guess")), 1)), 0);
+        assert_eq!(read(&frames, &mut Seal::new(Some(&keyed(b"token")), 0)), 0);
     }
 }

@@ -7,10 +7,16 @@ mod frame;
 mod hub;
 mod inbox;
 mod messages;
+#[cfg(feature = "tls")]
+mod session;
+mod socket;
+mod wire;
 
 pub(crate) use {
     connections::{Connections, lock},
     frame::Keyed,
+    socket::{ConnectError, linger, remaining},
+    wire::Wire,
 };
 
 use super::{
@@ -23,6 +29,7 @@ use super::{
 use crate::{
     device::{AnyMut, AnyRef, Cpu, each_dtype},
     error::{Error, LostReason, Mismatch, Result},
+    security::{Channel, Policy},
 };
 use connections::Transport;
 use frame::{Frame, Kind, Numbers, Strings, from_numbers};
@@ -41,6 +48,8 @@ const MAX_PAYLOAD: usize = if cfg!(test) { 1 << 10 } else { 1 << 27 };
 const REPORT_AFTER: Duration = Duration::from_millis(10);
 
 /// One process's communicator of a group. All data passes through rank 0 of the world.
+///
+/// With an [`Identity`](crate::security::Identity) the connections use TLS 1.3.
 ///
 /// It carries control data (descriptions of calls, NCCL's unique id, requests to split) and small
 /// tensors. In a collective, each rank sends its input to rank 0, and rank 0 sends all inputs to
@@ -240,6 +249,14 @@ impl Communicator<Cpu> for Link {
 
     fn size(&self) -> usize {
         self.members.len()
+    }
+
+    fn channel(&self) -> Channel {
+        self.transport.channel
+    }
+
+    fn policy(&self) -> Policy {
+        self.transport.policy
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {

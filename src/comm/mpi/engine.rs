@@ -10,6 +10,7 @@ use super::{
 use crate::{
     comm::call::never_received,
     error::{Error, LostReason},
+    security::{Channel, Policy},
 };
 use std::{
     cell::RefCell,
@@ -48,6 +49,8 @@ pub(super) trait Close {
 pub(super) struct Engine {
     comm: WorldComm,
     pub(super) deadline: Duration,
+    pub(super) channel: Channel,
+    pub(super) policy: Policy,
     /// The number of u64 in a fragment. A message's last fragment is shorter.
     fragment_limit: usize,
     last_tag: i32,
@@ -90,7 +93,9 @@ impl Engine {
         let last_tag = comm.last_tag();
         let state = RefCell::new(State { blocks: 1, ..State::default() });
         // The lower bound lets the message by which a rank leaves fit into one fragment.
-        Self { comm, deadline, fragment_limit: fragment_limit.clamp(512, i32::MAX as usize), last_tag, state }
+        let fragment_limit = fragment_limit.clamp(512, i32::MAX as usize);
+        let (channel, policy) = (Channel::plaintext(false), Policy::Any);
+        Self { comm, deadline, channel, policy, fragment_limit, last_tag, state }
     }
 
     pub(super) fn rank(&self) -> usize {

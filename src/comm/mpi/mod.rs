@@ -17,6 +17,7 @@ use super::{
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, each_dtype},
     error::{Error, LostReason, Mismatch, Result},
+    security::{Channel, Policy},
 };
 use ::mpi::{Threading, environment};
 use engine::{Engine, MESSAGE};
@@ -52,14 +53,22 @@ pub(crate) struct Universe {
 
 impl Universe {
     /// Initializes MPI, unless the program has done so. Every process passes the same
-    /// `message_limit`, in bytes.
-    pub(crate) fn start(deadline: Duration, message_limit: usize) -> Result<Self> {
+    /// `message_limit`, in bytes. `one_machine` decides whether a job of several ranks is on one
+    /// machine.
+    pub(crate) fn start(
+        deadline: Duration,
+        message_limit: usize,
+        policy: Policy,
+        one_machine: impl FnOnce() -> bool,
+    ) -> Result<Self> {
         const OP: &str = "launch";
         if environment::is_finalized() {
             return Err(Error::invalid(OP, "MPI was finalized in this process, and cannot start again"));
         }
         let mpi = environment::initialize_with_threading(Threading::Funneled).map(|(universe, _)| universe);
-        let engine = Rc::new(Engine::new(deadline, message_limit.div_ceil(8)));
+        let engine = Engine::new(deadline, message_limit.div_ceil(8));
+        let channel = Channel::plaintext(engine.size() == 1 || one_machine());
+        let engine = Rc::new(Engine { channel, policy, ..engine });
         let (rank, ranks) = (engine.rank(), (0..engine.size()).collect());
         let members = Members::new(&engine, "world".into(), ranks, rank, 0);
         Ok(Self { world: MpiComm { engine, members }, _mpi: mpi })
@@ -155,6 +164,14 @@ impl Communicator<Cpu> for MpiComm {
 
     fn size(&self) -> usize {
         self.members.size()
+    }
+
+    fn channel(&self) -> Channel {
+        self.engine.channel
+    }
+
+    fn policy(&self) -> Policy {
+        self.engine.policy
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {

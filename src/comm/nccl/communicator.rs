@@ -10,6 +10,7 @@ use crate::{
     },
     device::{AnyBuffer, AnyMut, AnyRef, each_dtype},
     error::{Error, Result},
+    security::{Channel, Policy},
 };
 use std::rc::Rc;
 
@@ -20,6 +21,15 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
 
     fn size(&self) -> usize {
         self.control.size()
+    }
+
+    /// NCCL encrypts nothing.
+    fn channel(&self) -> Channel {
+        Channel { encrypted: false, ..self.control.channel() }
+    }
+
+    fn policy(&self) -> Policy {
+        self.control.policy()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {

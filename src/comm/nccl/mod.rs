@@ -47,6 +47,7 @@ use super::{Call, Communicator, ExternalStep, Group, call::hash};
 use crate::{
     device::{AnyMut, Cpu, cuda::Version},
     error::Result,
+    security::Channel,
     trace,
 };
 use api::Api;
@@ -82,7 +83,8 @@ impl Group<Cpu> {
     /// # Errors
     /// When there is no NCCL of version 2.18 or later (`SHARDWISE_NCCL` may name its file), NCCL
     /// returns an error, a rank makes a different call or is lost, or a rank does not arrive by the
-    /// deadline.
+    /// deadline. [`Error::NotEncrypted`](crate::Error::NotEncrypted) when the job's policy forbids
+    /// plaintext and the ranks may be on several machines.
     #[track_caller]
     pub fn over_nccl<B: NcclDevice>(&self, device: &B, options: Options) -> Result<Group<B>> {
         let call = self.split_call();
@@ -119,6 +121,8 @@ pub struct Nccl<B: NcclDevice> {
 impl<B: NcclDevice> Nccl<B> {
     /// Creates the NCCL communicator of the control group's ranks.
     fn join(control: Rc<dyn Communicator<Cpu>>, call: &Call, device: &B, options: Options) -> Result<Self> {
+        let channel = Channel { encrypted: false, ..control.channel() };
+        control.policy().admit("NCCL", channel, None)?;
         // The id travels as f16 values, because a broadcast copies their bits unchanged.
         let mut id = [f16::ZERO; 64];
         if control.rank() == 0 {

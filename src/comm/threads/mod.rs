@@ -26,6 +26,7 @@ use super::{
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, Element, each_dtype},
     error::{Error, Result},
+    security::Channel,
     shard::Partition,
 };
 use shared::{Shared, SplitRequest};
@@ -228,6 +229,10 @@ impl Communicator<Cpu> for ThreadComm {
 
     fn size(&self) -> usize {
         self.endpoint.shared.size()
+    }
+
+    fn channel(&self) -> Channel {
+        Channel::MEMORY
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {

@@ -1,0 +1,218 @@
+//! Rank 0's part of the rendezvous.
+
+use super::{HELLO, MAGIC, PATIENCE, Peer, REFUSED, Rendezvous, code, nonce, refusal, user};
+use crate::{
+    comm::{ConnectError, Wire, linger, lock},
+    error::{Error, Refusal, Result},
+};
+use std::{
+    collections::VecDeque,
+    io::{ErrorKind, Write},
+    net::{Shutdown, TcpListener, TcpStream},
+    sync::{Arc, Mutex, Weak},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Rank 0 examines at most this many connections plus the number of ranks at a time.
+const EXAMINED: usize = 64;
+/// The first byte of a connection that uses TLS: the type of the record of a handshake.
+const TLS_HANDSHAKE: u8 = 22;
+
+/// What the threads that examine connections report.
+struct Board {
+    /// The admitted connections, by rank. Empty after all ranks have connected.
+    admitted: Mutex<Vec<Option<Peer>>>,
+    /// The number of refused connections, and why the last one was refused that came from a process
+    /// of this crate.
+    refused: Mutex<(u64, Option<Refusal>)>,
+}
+
+/// A connection that is being examined.
+struct Examined(Arc<TcpStream>);
+
+impl Rendezvous {
+    /// Rank 0: accepts the connections of all other ranks.
+    pub(super) fn host(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
+        let begin = Instant::now();
+        let admitted = Mutex::new((0..self.world).map(|_| None).collect());
+        let board = Arc::new(Board { admitted, refused: Mutex::default() });
+        if self.world > 1 {
+            let listener = self.listen(begin, deadline)?;
+            // The connections under examination, oldest first.
+            let mut examined = VecDeque::<Weak<Examined>>::new();
+            loop {
+                let missing: Vec<_> =
+                    (1..self.world).filter(|&rank| lock(&board.admitted)[rank].is_none()).collect();
+                if missing.is_empty() {
+                    break;
+                }
+                if begin.elapsed() > deadline {
+                    let (refused, last) = lock(&board.refused).clone();
+                    let address = self.addresses[0];
+                    return Err(Error::NotConnected { missing, address, after: deadline, refused, last });
+                }
+                let Ok((tcp, _)) = listener.accept() else {
+                    thread::sleep(Duration::from_micros(500));
+                    continue;
+                };
+                examined.retain(|connection| connection.strong_count() > 0);
+                if examined.len() >= EXAMINED + self.world {
+                    // While this lock is held, `examine` cannot admit the connection that is closed
+                    // here.
+                    let _admitted = lock(&board.admitted);
+                    let oldest = examined.pop_front().and_then(|connection| connection.upgrade());
+                    oldest.inspect(|oldest| drop(oldest.0.shutdown(Shutdown::Both)));
+                }
+                let connection = Arc::new(Examined(Arc::new(tcp)));
+                examined.push_back(Arc::downgrade(&connection));
+                let (this, board) = (self.clone(), Arc::clone(&board));
+                // If the thread cannot be started, the connection is dropped, which closes it.
+                let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
+                    let tcp = Arc::clone(&connection.0);
+                    if let Err(error) = this.examine(connection, &board) {
+                        this.report(&tcp, error, &board);
+                    }
+                });
+            }
+        }
+        let mut peers = std::mem::take(&mut *lock(&board.admitted));
+        for (wire, _) in peers.iter_mut().flatten() {
+            // All ranks have connected. This byte starts the rank.
+            let started = (&*wire).write_all(&[1]);
+            started.map_err(|error| self.failed("a rank was lost before the start", error))?;
+        }
+        Ok(peers)
+    }
+
+    /// Listens on the address of rank 0. With a token or an identity, rank 0 listens on all addresses
+    /// of this machine instead if it cannot bind its own address, which may be a service's, or if the
+    /// host's name resolves to loopback.
+    fn listen(&self, begin: Instant, deadline: Duration) -> Result<TcpListener> {
+        let mut addresses = self.listens.iter().peekable();
+        loop {
+            let Some(address) = addresses.peek() else {
+                return Err(self.failed("cannot listen", "there is no address"));
+            };
+            match TcpListener::bind(address) {
+                Ok(listener) => {
+                    let ready = listener.set_nonblocking(true).map(|()| listener);
+                    return ready.map_err(|error| self.failed("cannot listen", error));
+                }
+                // The rank 0 of an earlier start may still listen, so try again.
+                Err(error) if error.kind() == ErrorKind::AddrInUse && begin.elapsed() < deadline => {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) if error.kind() == ErrorKind::AddrInUse || addresses.len() == 1 => {
+                    let hint = "cannot listen (SHARDWISE_PORT chooses another port)";
+                    return Err(self.failed(hint, error));
+                }
+                Err(_) => drop(addresses.next()),
+            }
+        }
+    }
+
+    /// Records why a connection was refused, and sends the reason if the other process expects one in
+    /// plaintext.
+    fn report(&self, tcp: &Arc<TcpStream>, error: ConnectError, board: &Board) {
+        let reason = match error {
+            ConnectError::Refused(refusal) => Some(refusal),
+            ConnectError::Io(_) => None,
+        };
+        if let Some(reason) = &reason {
+            let peer = tcp.peer_addr().map_or("?".into(), |address| address.to_string());
+            tracing::warn!(target: "shardwise", rank = self.rank, %peer, %reason, "a connection is refused");
+            if matches!(reason, Refusal::Plaintext | Refusal::OtherUser) {
+                let plain = Wire::plain(Arc::clone(tcp));
+                let _ = plain.write_until(&[REFUSED, &[code(reason)]], Instant::now() + PATIENCE);
+            }
+        }
+        {
+            let mut refused = lock(&board.refused);
+            refused.0 += 1;
+            refused.1 = reason.or(refused.1.take());
+        }
+        linger(tcp);
+    }
+
+    /// Performs the handshake of a connection. Admits the connection if it comes from a rank of this
+    /// job that has not connected yet.
+    fn examine(&self, connection: Arc<Examined>, board: &Board) -> Result<(), ConnectError> {
+        let tcp = Arc::clone(&connection.0);
+        tcp.set_nonblocking(false)?;
+        let until = Instant::now() + PATIENCE;
+        if self.checks_users() && !user::same_user(&tcp)? {
+            return Err(Refusal::OtherUser.into());
+        }
+        let (wire, binding) = match &self.secure {
+            Some(secure) => {
+                let wire = secure.accept(tcp, until)?;
+                let binding = secure.binding(&wire)?;
+                (wire, binding)
+            }
+            None => (Wire::plain(tcp), [0; 32]),
+        };
+        let nonce = nonce()?;
+        wire.write_until(&[MAGIC, &nonce], until)?;
+        let mut magic = [0; 8];
+        wire.read_until(&mut magic, until)?;
+        if magic == *REFUSED {
+            let mut reason = [0];
+            wire.read_until(&mut reason, until)?;
+            return Err(refusal(reason[0]).map_or(ErrorKind::InvalidData.into(), ConnectError::Refused));
+        }
+        if magic[0] == TLS_HANDSHAKE && self.secure.is_none() {
+            return Err(Refusal::Plaintext.into());
+        }
+        if magic != *MAGIC {
+            return Err(ErrorKind::InvalidData.into());
+        }
+        let (mut hello, mut proof) = ([0; HELLO], [0; 32]);
+        wire.read_until(&mut hello, until)?;
+        wire.read_until(&mut proof, until)?;
+        let visitor = &hello[HELLO - 32..];
+        let rank = number(&hello, 0);
+        let is_proved = self.proves(b"visitor", &[&binding, &nonce, &hello], &proof);
+        let verdict = if is_proved { self.verdict(&wire, &hello) } else { Err(Refusal::OtherToken) };
+        let mut admitted = lock(&board.admitted);
+        let verdict = verdict.and_then(|()| match admitted.get(rank) {
+            _ if rank == 0 || rank >= self.world => Err(Refusal::NoSuchRank),
+            // The list is empty, because `host` has taken it after all ranks had connected.
+            None => Err(Refusal::Taken),
+            Some(Some((earlier, _))) if earlier.is_open() => Err(Refusal::Taken),
+            Some(_) => Ok(()),
+        });
+        let answer = [verdict.as_ref().err().map_or(0, code)];
+        let proof = self.proof(b"host", &[&binding, visitor, &answer]);
+        wire.write_until(&[&answer, &proof], until)?;
+        verdict?;
+        // From here on, `host` does not close the connection. If it has closed it before, which it
+        // does under the lock, the write above has failed.
+        drop(connection);
+        admitted[rank] = Some((wire, self.frames([&nonce, visitor])));
+        Ok(())
+    }
+
+    /// Compares a hello with this rank's job, and the key of the connection with the rank's.
+    fn verdict(&self, wire: &Wire, hello: &[u8; HELLO]) -> Result<(), Refusal> {
+        if hello[24..56] != self.job {
+            return Err(Refusal::OtherJob);
+        }
+        if number(hello, 16) as u64 != self.epoch {
+            return Err(Refusal::OtherEpoch);
+        }
+        if number(hello, 8) != self.world {
+            return Err(Refusal::OtherWorld);
+        }
+        if let Some(secure) = &self.secure {
+            secure.admit(wire, number(hello, 0))?;
+        }
+        if hello[56..88] != self.membership() { Err(Refusal::OtherMembership) } else { Ok(()) }
+    }
+}
+
+/// The number of a hello at a place.
+fn number(hello: &[u8; HELLO], at: usize) -> usize {
+    let number = u64::from_le_bytes(std::array::from_fn(|byte| hello[at + byte]));
+    usize::try_from(number).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,338 @@
+//! What a process needs to open TLS connections: its key, and how it recognizes the other ranks.
+//!
+//! TLS proves that the other process has the private key of the public key or certificate that it
+//! presents, and that an authority has signed the certificate. [`Credentials::admit`] then decides
+//! whether this is the key of the rank that the process claims to be.
+
+use super::{
+    Identity, Membership, PrivateKey, PublicKey,
+    keys::{read_file, unusable},
+};
+use crate::error::{Error, Refusal, Result};
+use rustls::{
+    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, ProtocolVersion, RootCertStore,
+    ServerConfig, ServerConnection, SignatureScheme,
+    client::{
+        AlwaysResolvesClientRawPublicKeys, Resumption, WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_name,
+    },
+    crypto::{CryptoProvider, ring::default_provider, verify_tls13_signature_with_raw_key},
+    pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime, pem::PemObject},
+    server::{
+        AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::CertifiedKey,
+    version::TLS13,
+};
+use sha2::{Digest, Sha256};
+use std::{path::Path, sync::Arc, time::SystemTime};
+
+const MAX_BYTES: u64 = 1 << 20;
+/// The application protocol, so that no other protocol's TLS connection is taken for one of these.
+const PROTOCOL: &[u8] = b"shardwise";
+
+/// A process's key, as TLS configurations, and the keys or names of the other ranks.
+#[derive(Clone, Debug)]
+pub(crate) struct Credentials {
+    server: Arc<ServerConfig>,
+    client: Arc<ClientConfig>,
+    ranks: Ranks,
+    /// A hash of what all ranks must have in common.
+    digest: [u8; 32],
+}
+
+/// How a rank is recognized.
+#[derive(Clone, Debug)]
+enum Ranks {
+    Keys(Arc<Membership>),
+    /// The name of a rank's certificate, with `{rank}` in it.
+    Names(String),
+}
+
+/// The configurations of rank 0 and of the other ranks.
+type Configurations = (ServerConfig, ClientConfig);
+
+impl Credentials {
+    /// Reads the files of an identity, and checks that they are those of rank `rank` of this start of
+    /// the job.
+    ///
+    /// # Errors
+    /// When a file cannot be used, or is another rank's, another job's or another start's, or has
+    /// expired.
+    pub(crate) fn load(identity: &Identity, job: &str, epoch: u64, rank: usize) -> Result<Self> {
+        match identity {
+            Identity::Key { key, membership, owner } => {
+                let (private, owner) = (PrivateKey::read(key)?, PublicKey::read(owner)?);
+                let list = Membership::read(membership, &owner)?;
+                let bad = |reason: String| Err(unusable(membership, reason));
+                if list.job() != job {
+                    return bad(format!("the list is for the job `{}`, but this job is `{job}`", list.job()));
+                }
+                if !list.epochs().contains(&epoch) {
+                    let (first, last) = list.epochs().into_inner();
+                    return bad(format!(
+                        "the list is for epochs {first} to {last}, but this is epoch {epoch}"
+                    ));
+                }
+                if let Err(refusal) = list.admit(rank, private.public().der(), SystemTime::now()) {
+                    return bad(format!("{} cannot be used for rank {rank}: {refusal}", key.display()));
+                }
+                let configurations = raw_keys(&private).map_err(|error| unusable(key, error.to_string()))?;
+                let digest = list.digest();
+                Ok(Self::new(configurations, Ranks::Keys(Arc::new(list)), digest))
+            }
+            Identity::Certificate { key, certificate, authority, name } => {
+                if !name.contains("{rank}") || !name.contains("{job}") {
+                    let reason = format!(
+                        "the name `{name}` needs {{rank}} and {{job}}, so that no certificate is valid for another rank or job"
+                    );
+                    return Err(Error::invalid("identity", reason));
+                }
+                let ranks = Ranks::Names(name.replace("{job}", job));
+                let private = PrivateKey::read(key)?;
+                let (chain, roots) = (certificates(certificate)?, certificates(authority)?);
+                ranks.admit(rank, &chain).map_err(|refusal| {
+                    let reason = format!("not the certificate of `{}`: {refusal}", ranks.name(rank));
+                    unusable(certificate, reason)
+                })?;
+                let mut hash = Sha256::new_with_prefix(name);
+                let mut store = RootCertStore::empty();
+                for root in roots {
+                    hash.update(&root);
+                    store.add(root).map_err(|error| unusable(authority, error.to_string()))?;
+                }
+                let configurations = x509(&private, chain, Arc::new(store));
+                let configurations = configurations.map_err(|reason| unusable(certificate, reason))?;
+                Ok(Self::new(configurations, ranks, hash.finalize().into()))
+            }
+        }
+    }
+
+    fn new((mut server, mut client): Configurations, ranks: Ranks, digest: [u8; 32]) -> Self {
+        server.alpn_protocols = vec![PROTOCOL.into()];
+        client.alpn_protocols = vec![PROTOCOL.into()];
+        // Every connection does the whole handshake, so no ticket has to be kept secret.
+        server.send_tls13_tickets = 0;
+        server.session_storage = Arc::new(NoServerSessionStorage {});
+        client.resumption = Resumption::disabled();
+        client.enable_sni = false;
+        Self { server: Arc::new(server), client: Arc::new(client), ranks, digest }
+    }
+
+    /// A hash of the membership file, or of the authorities and names of certificates.
+    pub(crate) fn digest(&self) -> [u8; 32] {
+        self.digest
+    }
+
+    /// Rank 0's end of a new connection.
+    pub(crate) fn accept(&self) -> Result<rustls::Connection, rustls::Error> {
+        Ok(ServerConnection::new(Arc::clone(&self.server))?.into())
+    }
+
+    /// The other end of a new connection to rank 0.
+    pub(crate) fn connect(&self) -> Result<rustls::Connection, rustls::Error> {
+        // With raw keys nothing reads the name.
+        let name = match &self.ranks {
+            Ranks::Keys(_) => "rank-0".into(),
+            Ranks::Names(_) => self.ranks.name(0),
+        };
+        let name = ServerName::try_from(name).map_err(|error| rustls::Error::General(error.to_string()))?;
+        Ok(ClientConnection::new(Arc::clone(&self.client), name)?.into())
+    }
+
+    /// Checks that the other end of a connection is rank `rank`. Its handshake has to be complete.
+    pub(crate) fn admit(&self, rank: usize, connection: &rustls::Connection) -> Result<(), Refusal> {
+        self.ranks.admit(rank, connection.peer_certificates().unwrap_or_default())
+    }
+}
+
+impl Ranks {
+    /// The DNS name of a rank's certificate; empty with keys.
+    fn name(&self, rank: usize) -> String {
+        match self {
+            Self::Keys(_) => String::new(),
+            Self::Names(name) => name.replace("{rank}", &rank.to_string()),
+        }
+    }
+
+    /// Checks the key or certificate of a rank.
+    fn admit(&self, rank: usize, presented: &[CertificateDer<'_>]) -> Result<(), Refusal> {
+        let first = presented.first().ok_or(Refusal::UnknownKey)?;
+        match self {
+            Self::Keys(list) => list.admit(rank, first, SystemTime::now()),
+            Self::Names(_) => {
+                let name = ServerName::try_from(self.name(rank)).map_err(|_| Refusal::OtherRank)?;
+                let parsed = ParsedCertificate::try_from(first).map_err(|_| Refusal::UnknownKey)?;
+                verify_server_name(&parsed, &name).map_err(|_| Refusal::OtherRank)
+            }
+        }
+    }
+}
+
+/// Reads the certificates of a PEM file.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let bad = |reason: String| unusable(path, reason);
+    let text = read_file(path, MAX_BYTES)?;
+    let all = CertificateDer::pem_slice_iter(&text).collect::<Result<Vec<_>, _>>();
+    let all = all.map_err(|error| bad(format!("no certificates in PEM: {error:?}")))?;
+    if all.is_empty() { Err(bad("there is no certificate in this file".into())) } else { Ok(all) }
+}
+
+/// The configurations of TLS with X.509 certificates.
+fn x509(
+    key: &PrivateKey,
+    chain: Vec<CertificateDer<'static>>,
+    roots: Arc<RootCertStore>,
+) -> Result<Configurations, String> {
+    let provider = Arc::new(default_provider());
+    let text = |error: rustls::Error| error.to_string();
+    let clients = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
+    let clients = clients.build().map_err(|error| error.to_string())?;
+    let servers = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider));
+    let servers = servers.build().map_err(|error| error.to_string())?;
+    let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&TLS13])
+        .map_err(text)?
+        .with_client_cert_verifier(clients)
+        .with_single_cert(chain.clone(), key.der()?)
+        .map_err(text)?;
+    let client = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])
+        .map_err(text)?
+        .with_webpki_verifier(servers)
+        .with_client_auth_cert(chain, key.der()?)
+        .map_err(text)?;
+    Ok((server, client))
+}
+
+/// The configurations of TLS with raw public keys.
+fn raw_keys(key: &PrivateKey) -> Result<Configurations, rustls::Error> {
+    let provider = Arc::new(default_provider());
+    let verifier = Arc::new(RawKeys(Arc::clone(&provider)));
+    let public = CertificateDer::from(key.public().der().to_vec());
+    let certified = Arc::new(CertifiedKey::new(vec![public], key.signing()));
+    let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(Arc::clone(&verifier) as Arc<dyn ClientCertVerifier>)
+        .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::clone(&certified))));
+    let client = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_client_cert_resolver(Arc::new(AlwaysResolvesClientRawPublicKeys::new(certified)));
+    Ok((server, client))
+}
+
+/// Verifies that the other end has the private key of its public key. Whose key it is, and whether it
+/// is allowed, [`Credentials::admit`] checks before either side sends or reads anything else. A refusal
+/// there has a reason that both sides report, which an alert of TLS has not.
+#[derive(Debug)]
+struct RawKeys(Arc<CryptoProvider>);
+
+impl RawKeys {
+    fn verify(
+        &self,
+        message: &[u8],
+        key: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let key = SubjectPublicKeyInfoDer::from(key.as_ref());
+        verify_tls13_signature_with_raw_key(
+            message,
+            &key,
+            signature,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// The error of a handshake below TLS 1.3, which the configurations do not allow.
+fn earlier_version() -> rustls::Error {
+    rustls::Error::General(format!("{:?} has no raw public keys", ProtocolVersion::TLSv1_2))
+}
+
+impl ServerCertVerifier for RawKeys {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(earlier_version())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        key: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verify(message, key, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.schemes()
+    }
+
+    fn requires_raw_public_keys(&self) -> bool {
+        true
+    }
+}
+
+impl ClientCertVerifier for RawKeys {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(earlier_version())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        key: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verify(message, key, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.schemes()
+    }
+
+    fn requires_raw_public_keys(&self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,39 @@
+//! Which processes may join a job, and which connections may carry its data.
+//!
+//! Threads of one process share memory. Processes connect to rank 0 ([`crate::comm::Link`]), in one
+//! of three ways:
+//!
+//! | set for every rank | ranks are authenticated by | frames |
+//! |---|---|---|
+//! | nothing, and all ranks are on one machine | the user that owns the connection (Linux) | plaintext on loopback |
+//! | `SHARDWISE_TOKEN` | a shared secret | plaintext, authenticated |
+//! | an [`Identity`] (feature `tls`) | a key of the rank, or a certificate with the rank's name | TLS 1.3 |
+//!
+//! * `Membership` (feature `tls`) is the signed list of the keys of a job's ranks.
+//! * [`Policy`] refuses transports that would send plaintext between machines, such as NCCL and
+//!   MPI. [`Channel`] describes the transport of a group.
+//!
+//! `SECURITY.md` has the threat model, and `docs/security.md` an example with four processes.
+
+#[cfg(feature = "tls")]
+mod credentials;
+mod identity;
+#[cfg(feature = "tls")]
+mod keys;
+#[cfg(feature = "tls")]
+mod membership;
+mod policy;
+mod secret;
+
+#[cfg(feature = "tls")]
+pub(crate) use credentials::Credentials;
+pub use identity::Identity;
+#[cfg(feature = "tls")]
+pub use {
+    keys::{PrivateKey, PublicKey},
+    membership::{Member, Membership},
+};
+pub use {
+    policy::{Channel, Policy, Reach},
+    secret::Secret,
+};
