@@ -19,6 +19,11 @@ pub(crate) enum ConnectError {
 
 impl From<io::Error> for ConnectError {
     fn from(error: io::Error) -> Self {
+        // TLS reports an alert of the other end when the next bytes are read.
+        #[cfg(feature = "tls")]
+        if let Some(error) = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
+            return error.clone().into();
+        }
         Self::Io(error)
     }
 }

@@ -18,6 +18,9 @@ impl Rendezvous {
     pub(super) fn visit(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
         let mut pause = Duration::from_millis(1);
+        // The listener may be the rank 0 of an earlier start, so a refusal is final only at the
+        // deadline.
+        let mut refused = None;
         for address in self.addresses.iter().cycle() {
             let left = deadline.saturating_sub(begin.elapsed());
             let why = match self.connect(address, left) {
@@ -30,16 +33,15 @@ impl Rendezvous {
                 Err(ConnectError::Refused(refusal @ (Refusal::OtherWorld | Refusal::NoSuchRank))) => {
                     return Err(self.refused(refusal));
                 }
-                Err(error) => error,
+                Err(ConnectError::Refused(refusal)) => {
+                    refused = Some(refusal);
+                    String::new()
+                }
+                Err(ConnectError::Io(error)) => describe(&error),
             };
             if begin.elapsed() + pause > deadline {
-                let why = match why {
-                    // The listener may have been the rank 0 of an earlier start, but the right one did
-                    // not come.
-                    ConnectError::Refused(refusal) => return Err(self.refused(refusal)),
-                    ConnectError::Io(error) => describe(&error),
-                };
-                return Err(self.failed(&format!("no rank 0 within {deadline:?}"), why));
+                let failed = || self.failed(&format!("no rank 0 within {deadline:?}"), why);
+                return Err(refused.map_or_else(failed, |refusal| self.refused(refusal)));
             }
             thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(100));
