@@ -55,8 +55,8 @@ enum Ranks {
 type Configurations = (ServerConfig, ClientConfig);
 
 impl Credentials {
-    /// Reads the files of an identity, and checks that they are those of rank `rank` of this start of
-    /// the job.
+    /// Reads the files of an identity, and checks that they are those of rank `rank` of this start
+    /// of the job.
     ///
     /// # Errors
     /// When a file cannot be used, or is another rank's, another job's or another start's, or has
@@ -225,9 +225,9 @@ fn raw_keys(key: &PrivateKey) -> Result<Configurations, rustls::Error> {
     Ok((server, client))
 }
 
-/// Verifies that the other end has the private key of its public key. Whose key it is, and whether it
-/// is allowed, [`Credentials::admit`] checks before either side sends or reads anything else. A refusal
-/// there has a reason that both sides report, which an alert of TLS has not.
+/// Verifies that the other end has the private key of its public key. Whose key it is, and whether
+/// it is allowed, [`Credentials::admit`] checks before either side sends or reads anything else. A
+/// refusal there has a reason that both sides report, which an alert of TLS has not.
 #[derive(Debug)]
 struct RawKeys(Arc<CryptoProvider>);
 

@@ -11,15 +11,15 @@ const OP: &str = "identity";
 /// | environment variable | `Key` | `Certificate` |
 /// |---|---|---|
 /// | `SHARDWISE_KEY` | the rank's private key, PEM (PKCS #8) | the same |
-/// | `SHARDWISE_MEMBERSHIP` | the signed list of the ranks' keys, beside its signature | |
+/// | `SHARDWISE_MEMBERSHIP` | the signed list of the ranks' keys | |
 /// | `SHARDWISE_OWNER` | the public key that signs the list, PEM | |
 /// | `SHARDWISE_CERTIFICATE` | | the rank's certificate and intermediates, PEM |
 /// | `SHARDWISE_AUTHORITY` | | the authorities that sign certificates, PEM |
 /// | `SHARDWISE_NAME` | | the DNS name of a rank's certificate, with `{rank}` and `{job}` |
 ///
-/// With `Key`, TLS uses the keys themselves (raw public keys, RFC 7250): no authority is needed. With
-/// `Certificate`, each rank's certificate has the DNS name that results from `name`, for example
-/// `rank-3.train-7.ranks.example` for rank 3 of the job `train-7` and the name
+/// With `Key`, TLS uses the keys themselves (raw public keys, RFC 7250): no authority is needed.
+/// With `Certificate`, each rank's certificate has the DNS name that results from `name`, for
+/// example `rank-3.train-7.ranks.example` for rank 3 of the job `train-7` and the name
 /// `rank-{rank}.{job}.ranks.example`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -41,9 +41,9 @@ pub(super) fn read_file(path: &Path, limit: u64) -> Result<Zeroizing<Vec<u8>>> {
 
 /// A rank's or an owner's private key. `Debug` shows its public key only.
 ///
-/// Generated keys are Ed25519. A rank's key may be of any type that rustls reads, such as ECDSA with
-/// P-256; an owner's key signs membership files and has to be Ed25519. Key files are PEM with PKCS #8,
-/// as `openssl genpkey -algorithm ed25519` writes them.
+/// Generated keys are Ed25519. A rank's key may be of any type that rustls reads, such as ECDSA
+/// with P-256; an owner's key signs membership files and has to be Ed25519. Key files are PEM with
+/// PKCS #8, as `openssl genpkey -algorithm ed25519` writes them.
 ///
 /// ```
 /// use shardwise::security::PrivateKey;
@@ -153,8 +153,8 @@ impl fmt::Debug for PrivateKey {
     }
 }
 
-/// A public key. Its text is the base64 of its DER encoding, which is the line between the markers of a
-/// PEM file.
+/// A public key. Its text is the base64 of its DER encoding, which is the line between the markers
+/// of a PEM file.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct PublicKey(Vec<u8>);
 

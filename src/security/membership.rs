@@ -48,10 +48,10 @@ pub struct Member {
 /// }
 /// ```
 ///
-/// `epochs` are the first and the last start of the job for which the list is valid. Both `not_after` may
-/// be left out. Unknown keys of the JSON are errors. The Ed25519 signature of the file's bytes is in the
-/// file of the same name with `.sig` appended. To exclude a rank or to change a key, sign a new list and
-/// start the job again.
+/// `epochs` are the first and the last start of the job for which the list is valid. Both
+/// `not_after` may be left out. Unknown keys of the JSON are errors. The Ed25519 signature of the
+/// file's bytes is in the file of the same name with `.sig` appended. To exclude a rank or to
+/// change a key, sign a new list and start the job again.
 ///
 /// ```
 /// use shardwise::security::{Member, Membership, PrivateKey};
@@ -101,7 +101,8 @@ struct FileMember {
 }
 
 impl Membership {
-    /// Returns a list. It is valid for the given starts of the job, until `not_after` if that is set.
+    /// Returns a list. It is valid for the given starts of the job, until `not_after` if that is
+    /// set.
     ///
     /// # Errors
     /// When there is no epoch or no member, or two members have the same rank or the same key.
@@ -172,8 +173,8 @@ impl Membership {
     /// Reads a file, after it has verified the owner's signature.
     ///
     /// # Errors
-    /// When one of the two files cannot be read, the signature is not `owner`'s, or the list is not valid
-    /// as such ([`Membership::new`]).
+    /// When one of the two files cannot be read, the signature is not `owner`'s, or the list is not
+    /// valid as such ([`Membership::new`]).
     pub fn read(path: impl AsRef<Path>, owner: &PublicKey) -> Result<Self> {
         let path = path.as_ref();
         let (text, signature) = (read_file(path, MAX_BYTES)?, read_file(&signature_of(path), 64)?);

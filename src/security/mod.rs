@@ -3,11 +3,11 @@
 //! Threads of one process share memory. Processes connect to rank 0 ([`crate::comm::Link`]), in one
 //! of three ways:
 //!
-//! | set for every rank | ranks are authenticated by | frames |
+//! | set for every rank | ranks prove | frames |
 //! |---|---|---|
-//! | nothing, and all ranks are on one machine | the user that owns the connection (Linux) | plaintext on loopback |
-//! | `SHARDWISE_TOKEN` | a shared secret | plaintext, authenticated |
-//! | an [`Identity`] (feature `tls`) | a key of the rank, or a certificate with the rank's name | TLS 1.3 |
+//! | nothing; all are on one machine | that they have one user (Linux) | plaintext on loopback |
+//! | `SHARDWISE_TOKEN` | that they know a secret | plaintext, authenticated |
+//! | an [`Identity`] (feature `tls`) | that they have the key of the rank | TLS 1.3 |
 //!
 //! * `Membership` (feature `tls`) is the signed list of the keys of a job's ranks.
 //! * [`Policy`] refuses transports that would send plaintext between machines, such as NCCL and

@@ -58,11 +58,12 @@ impl fmt::Display for Channel {
 /// | policy | text | transports between machines |
 /// |---|---|---|
 /// | `Any` | `any` (the default) | all |
-/// | `RequireEncrypted` | `require-encrypted` | a [`Link`](crate::comm::Link) over TLS, and what is staged over it |
-/// | `TrustedNetwork` | `trusted-network=10.1.0.0/16` | also plaintext, if this machine has an address in that network |
+/// | `RequireEncrypted` | `require-encrypted` | a `Link` over TLS, and what is staged over it |
+/// | `TrustedNetwork` | `trusted-network=10.1.0.0/16` | also plaintext, in that network |
 ///
-/// NCCL and MPI encrypt nothing. In a trusted network, configure them to use its interface
-/// (`NCCL_SOCKET_IFNAME`, `btl_tcp_if_include`): this crate cannot check that.
+/// A trusted network is refused if this machine has no address in it. NCCL and MPI encrypt nothing.
+/// In a trusted network, configure them to use its interface (`NCCL_SOCKET_IFNAME`,
+/// `btl_tcp_if_include`): this crate cannot check that.
 ///
 /// ```
 /// use shardwise::security::Policy;

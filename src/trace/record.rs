@@ -50,8 +50,8 @@ pub struct GroupInfo {
     pub rank: usize,
     /// The number of ranks.
     pub size: usize,
-    /// How the group's data travels, as text: [`Channel`](crate::security::Channel). Empty in records
-    /// of earlier versions.
+    /// How the group's data travels, as text: [`Channel`](crate::security::Channel). Empty in
+    /// records of earlier versions.
     pub channel: String,
 }
 

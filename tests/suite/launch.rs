@@ -90,7 +90,7 @@ fn launchers_are_understood() {
     assert_eq!((torchrun.rank, torchrun.world, torchrun.local_rank, torchrun.local_world), (5, 8, 1, 4));
     // torchrun's agent listens on the port itself, so rank 0 listens on the next port.
     assert_eq!((torchrun.host.as_str(), torchrun.port), ("node7", 29501));
-    assert_eq!((torchrun.job.as_str(), torchrun.epoch, torchrun.token.as_str()), ("run", 3, "t"));
+    assert_eq!((torchrun.job.as_str(), torchrun.epoch, torchrun.token.reveal()), ("run", 3, "t"));
 
     let mpi = env(&[
         ("OMPI_COMM_WORLD_RANK", "2"),

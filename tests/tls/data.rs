@@ -61,8 +61,8 @@ fn collectives_have_the_same_bits_over_tls() {
     }
 }
 
-/// Runs two ranks through a relay, with tensors full of canaries. Returns how often a canary was seen
-/// by the relay, in both directions.
+/// Runs two ranks through a relay, with tensors full of canaries. Returns how often a canary was
+/// seen by the relay, in both directions.
 fn seen(envs: [Env; 2]) -> usize {
     let [first, mut second] = envs;
     let relay = Relay::to(first.port, |_, _| ());

@@ -32,7 +32,8 @@ fn last(outcome: Result<()>) -> Option<Refusal> {
     }
 }
 
-/// Rank 0 waits for rank 1, and `visitor` comes instead. Returns what rank 0 and the visitor report.
+/// Rank 0 waits for rank 1, and `visitor` comes instead. Returns what rank 0 and the visitor
+/// report.
 fn refused(host: Env, visitor: Env) -> (Option<Refusal>, Refusal) {
     let patience = Duration::from_millis(400);
     thread::scope(|scope| {
@@ -108,8 +109,8 @@ fn there_is_no_way_back_to_plaintext() {
     both(job.env(0), with!(plain(1), token = "".into()), Refusal::Plaintext);
 }
 
-/// Runs the ranks of a job while `disturb` does what it wants with the port of rank 0. The last rank
-/// comes when `disturb` has returned.
+/// Runs the ranks of a job while `disturb` does what it wants with the port of rank 0. The last
+/// rank comes when `disturb` has returned.
 fn disturbed(job: &Job, disturb: impl FnOnce(u16) + Send) {
     thread::scope(|scope| {
         let early: Vec<_> = (0..job.keys.len() - 1).map(|rank| job.env(rank)).collect();

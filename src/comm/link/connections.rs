@@ -7,6 +7,7 @@ use super::{
     frame::{Frame, Keyed, Kind, Seal, Strings, from_loss},
     hub::{Hub, from_counts},
     inbox::Inbox,
+    socket::lock,
     wire::Wire,
 };
 use crate::{
@@ -17,7 +18,7 @@ use crate::{
 use std::{
     collections::HashMap,
     io::{self, BufReader, ErrorKind},
-    sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
+    sync::{Arc, Condvar, Mutex, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -91,11 +92,6 @@ impl Peer {
 /// rank 0 creates it.
 fn last_frame(loss: LostReason) -> Frame {
     Frame::new(Kind::Lost, 0, 0, (0, from_loss(loss)), Vec::new())
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Ignores poison, because no critical section leaves its data half changed.
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Transport {

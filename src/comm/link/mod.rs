@@ -13,9 +13,9 @@ mod socket;
 mod wire;
 
 pub(crate) use {
-    connections::{Connections, lock},
+    connections::Connections,
     frame::Keyed,
-    socket::{ConnectError, linger, remaining},
+    socket::{ConnectError, linger, lock, remaining},
     wire::Wire,
 };
 

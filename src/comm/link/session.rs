@@ -1,13 +1,10 @@
 //! A TLS session whose two directions are used by two threads.
 //!
 //! rustls keeps both directions in one `Connection`. It is locked while bytes are encrypted or
-//! decrypted, and never during a system call, so a thread that waits for the socket does not stop the
-//! other one.
+//! decrypted, and never during a system call, so a thread that waits for the socket does not stop
+//! the other one.
 
-use super::{
-    lock,
-    socket::{ConnectError, linger, remaining},
-};
+use super::socket::{ConnectError, linger, lock, remaining};
 use crate::{error::Refusal, security::Credentials};
 use rustls::{AlertDescription, CertificateError, Connection, InvalidMessage};
 use std::{
@@ -17,8 +14,8 @@ use std::{
     time::Instant,
 };
 
-/// The maximum number of bytes that are read from the socket, or encrypted, at once: four records of
-/// TLS.
+/// The maximum number of bytes that are read from the socket, or encrypted, at once: four records
+/// of TLS.
 const CHUNK: usize = 1 << 16;
 /// The label of what both ends derive from a session: see [`Session::binding`].
 const LABEL: &[u8] = b"EXPORTER-shardwise";
@@ -83,8 +80,8 @@ impl Session {
         credentials.admit(rank, &lock(&self.connection))
     }
 
-    /// Returns 32 bytes that only the two ends of this session know (RFC 8446, section 7.5). A proof
-    /// over them is valid for this session only.
+    /// Returns 32 bytes that only the two ends of this session know (RFC 8446, section 7.5). A
+    /// proof over them is valid for this session only.
     pub(crate) fn binding(&self) -> io::Result<[u8; 32]> {
         let exported = lock(&self.connection).export_keying_material([0; 32], LABEL, None);
         exported.map_err(io::Error::other)

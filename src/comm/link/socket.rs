@@ -1,9 +1,10 @@
-//! Time limits of sockets.
+//! Helpers for sockets and for the threads that share them.
 
 use crate::error::Refusal;
 use std::{
     io::{self, ErrorKind, Read},
     net::{Shutdown, TcpStream},
+    sync::{Mutex, MutexGuard},
     time::{Duration, Instant},
 };
 
@@ -38,6 +39,11 @@ impl From<Refusal> for ConnectError {
     fn from(refusal: Refusal) -> Self {
         Self::Refused(refusal)
     }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Ignores poison, because no critical section leaves its data half changed.
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// The time until `until`, which is not 0.

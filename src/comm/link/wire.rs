@@ -73,8 +73,8 @@ impl Wire {
         (&mut &*self).write_all(&parts.concat())
     }
 
-    /// Whether the connection is still open. The result is false if the peer has sent bytes that are
-    /// unread.
+    /// Whether the connection is still open. The result is false if the peer has sent bytes that
+    /// are unread.
     pub(crate) fn is_open(&self) -> bool {
         let peeked = self.tcp.set_nonblocking(true).and_then(|()| self.tcp.peek(&mut [0]));
         let _ = self.tcp.set_nonblocking(false);

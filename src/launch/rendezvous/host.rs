@@ -85,9 +85,9 @@ impl Rendezvous {
         Ok(peers)
     }
 
-    /// Listens on the address of rank 0. With a token or an identity, rank 0 listens on all addresses
-    /// of this machine instead if it cannot bind its own address, which may be a service's, or if the
-    /// host's name resolves to loopback.
+    /// Listens on the address of rank 0. With a token or an identity, rank 0 listens on all
+    /// addresses of this machine instead if it cannot bind its own address, which may be a
+    /// service's, or if the host's name resolves to loopback.
     fn listen(&self, begin: Instant, deadline: Duration) -> Result<TcpListener> {
         let mut addresses = self.listens.iter().peekable();
         loop {
@@ -112,8 +112,8 @@ impl Rendezvous {
         }
     }
 
-    /// Records why a connection was refused, and sends the reason if the other process expects one in
-    /// plaintext.
+    /// Records why a connection was refused, and sends the reason if the other process expects one
+    /// in plaintext.
     fn report(&self, tcp: &Arc<TcpStream>, error: ConnectError, board: &Board) {
         let reason = match error {
             ConnectError::Refused(refusal) => Some(refusal),
@@ -135,8 +135,8 @@ impl Rendezvous {
         linger(tcp);
     }
 
-    /// Performs the handshake of a connection. Admits the connection if it comes from a rank of this
-    /// job that has not connected yet.
+    /// Performs the handshake of a connection. Admits the connection if it comes from a rank of
+    /// this job that has not connected yet.
     fn examine(&self, connection: Arc<Examined>, board: &Board) -> Result<(), ConnectError> {
         let tcp = Arc::clone(&connection.0);
         tcp.set_nonblocking(false)?;

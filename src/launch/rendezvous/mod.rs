@@ -5,19 +5,20 @@
 //! | from | bytes |
 //! |---|---|
 //! | both | a magic number of 8 bytes; rank 0 also a nonce of 32 |
-//! | the visitor | a hello: rank, number of ranks, epoch, hashes of the job's name and of the membership file, a nonce; and a proof of 32 bytes |
-//! | rank 0 | its verdict, a byte, and a proof of 32 bytes |
+//! | the visitor | a hello: rank, number of ranks, epoch, two hashes, a nonce; and a proof |
+//! | rank 0 | its verdict, a byte; and a proof |
 //! | rank 0 | a byte when all ranks have connected |
 //!
-//! A proof is the HMAC-SHA-256 of the other side's nonce and the sender's message, with the shared
-//! token as key. Over TLS it also covers 32 bytes that are exported from the session, so it proves
-//! nothing on another connection. So nobody without the token can imitate either side, and nobody can
-//! replay a recorded handshake. Frames are later authenticated with the token and both nonces, or by
-//! TLS, which also encrypts them. Without a token and TLS, rank 0 listens on loopback only, and both
+//! The hashes are those of the job's name and of the membership file. A proof is the HMAC-SHA-256
+//! of the other side's nonce and the sender's message, with the shared token as key. Over TLS it
+//! also covers 32 bytes that are exported from the session, so it proves nothing on another
+//! connection. So nobody without the token can imitate either side, and nobody can replay a
+//! recorded handshake. Frames are later authenticated with the token and both nonces, or by TLS,
+//! which also encrypts them. Without a token and TLS, rank 0 listens on loopback only, and both
 //! sides check that the other one belongs to the same user.
 //!
-//! Each side checks over TLS that the other's key is that of the rank. A side that refuses before its
-//! message sends another magic number and the reason instead.
+//! Each side checks over TLS that the other's key is that of the rank. A side that refuses before
+//! its message sends another magic number and the reason instead.
 //!
 //! Connections from other programs cannot keep the group from forming. Rank 0 examines each
 //! connection on a separate thread, for at most five seconds. It examines at most `world + 64`
@@ -109,9 +110,9 @@ impl Rendezvous {
     /// loopback address.
     ///
     /// # Errors
-    /// When the host of rank 0 cannot be resolved, when there is neither a token nor an identity and
-    /// the host has an address other than loopback, when the files of the identity are not those of
-    /// this rank, when the policy forbids plaintext, or when the world has no such rank.
+    /// When the host of rank 0 cannot be resolved, when there is neither a token nor an identity
+    /// and the host has an address other than loopback, when the files of the identity are not
+    /// those of this rank, when the policy forbids plaintext, or when the world has no such rank.
     pub(super) fn new(env: &Env) -> Result<Self> {
         let place = format!("{}:{}", env.host, env.port);
         let bad = |why: String| Error::invalid(OP, format!("rank 0 at {place}: {why}"));

@@ -8,8 +8,8 @@ use std::{
 /// Whether this system reports the users of connections.
 pub(super) const CAN_CHECK: bool = cfg!(target_os = "linux");
 
-/// Whether both ends of a connection within this machine belong to the same user. The other end has to
-/// have accepted the connection: before that, it belongs to no user.
+/// Whether both ends of a connection within this machine belong to the same user. The other end has
+/// to have accepted the connection: before that, it belongs to no user.
 ///
 /// The kernel lists each end of a connection with its user (`/proc/net/tcp`, see proc_net_tcp(5)).
 pub(super) fn same_user(tcp: &TcpStream) -> io::Result<bool> {
