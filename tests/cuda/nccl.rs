@@ -245,6 +245,15 @@ fn the_rank_that_broke_the_job_is_blamed() {
 /// Runs ranks that communicate over sockets, as processes do. Such ranks compare a call at once
 /// only if it is of a new kind.
 fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Vec<Result<R>> {
+    processes_with(world, |_| (), rank)
+}
+
+/// Like [`processes`], with changed environments.
+fn processes_with<R: Send>(
+    world: usize,
+    change: impl Fn(&mut Env) + Sync,
+    rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
+) -> Vec<Result<R>> {
     // NCCL sees one process, so the ranks' GPUs need access to each other's memory. Groups of
     // thread ranks open this access.
     let open = |group: Group<Cpu>| group.over_nccl(&dev::of_rank(&group)?, options(Order::Any)).map(drop);
@@ -253,7 +262,7 @@ fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Syn
     let port = listener.local_addr().unwrap().port().to_string();
     drop(listener);
     thread::scope(|scope| {
-        let (rank, port) = (&rank, &port);
+        let (rank, port, change) = (&rank, &port, &change);
         let start = |number: usize| {
             let variables = move |name: &str| match name {
                 "RANK" | "LOCAL_RANK" => Some(number.to_string()),
@@ -261,7 +270,11 @@ fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Syn
                 "SHARDWISE_PORT" => Some(port.clone()),
                 _ => None,
             };
-            scope.spawn(move || Env::of(variables)?.run(DEADLINE, rank))
+            scope.spawn(move || {
+                let mut env = Env::of(variables)?;
+                change(&mut env);
+                env.run(DEADLINE, rank)
+            })
         };
         let started: Vec<_> = (0..world).map(start).collect();
         started.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -277,6 +290,49 @@ fn processes_have_the_same_collectives() {
             all_in_flight(&nccl)
         });
         assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    }
+}
+
+/// NCCL encrypts nothing, so a policy refuses it between machines, while what is staged over the
+/// encrypted connections passes.
+#[cfg(feature = "cli")]
+#[test]
+fn a_policy_refuses_nccl_between_machines() {
+    use shardwise::security::{Channel, Identity, Member, Membership, Policy, PrivateKey, Reach};
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (owner, keys) = (PrivateKey::generate().unwrap(), [(); 2].map(|()| PrivateKey::generate().unwrap()));
+    let members = keys.iter().enumerate().map(|(rank, key)| {
+        key.write(path(&format!("{rank}.pem"))).unwrap();
+        Member { rank, key: key.public().clone(), not_after: None }
+    });
+    Membership::new("job", 0..=0, None, members).unwrap().write(path("membership.json"), &owner).unwrap();
+    std::fs::write(path("owner.pub"), owner.public().to_pem()).unwrap();
+    let over = |policy, local_world| {
+        let change = |env: &mut Env| {
+            let key = path(&format!("{}.pem", env.rank));
+            let (membership, owner) = (path("membership.json"), path("owner.pub"));
+            env.identity = Some(Identity::Key { key, membership, owner });
+            (env.job, env.policy, env.local_world) = ("job".into(), policy, local_world);
+        };
+        processes_with(2, change, |group| {
+            let device = dev::of_rank(&group)?;
+            let staged = group.staged(&device);
+            assert!(staged.communicator().channel().encrypted);
+            reduce::<f32>(&staged, ReduceOp::Sum, 6)?;
+            let nccl = group.over_nccl(&device, options(Order::Any))?;
+            reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
+            Ok(nccl.split_all(0)?.communicator().channel())
+        })
+    };
+    for _ in dev::worlds([2]) {
+        for outcome in over(Policy::RequireEncrypted, 1) {
+            assert!(matches!(outcome, Err(Error::NotEncrypted { transport: "NCCL", .. })), "{outcome:?}");
+        }
+        let plain = |reach| vec![Ok(Channel { reach, encrypted: false }); 2];
+        assert_eq!(over(Policy::RequireEncrypted, 2), plain(Reach::Machine));
+        let trusted = Policy::TrustedNetwork("127.0.0.0/8".parse().unwrap());
+        assert_eq!(over(trusted, 1), plain(Reach::Network));
     }
 }
 

@@ -11,8 +11,13 @@ use std::{
 pub(crate) const STARTED: &str = "SHARDWISE_MPI_STARTED";
 
 fn mpirun(processes: usize, variables: &[(&str, &str)]) -> Command {
+    mpirun_by(processes, &[], variables)
+}
+
+/// Like [`mpirun`], but every process is started by the program `by`.
+fn mpirun_by(processes: usize, by: &[&str], variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new("mpirun");
-    command.args(["-n", &processes.to_string()]).arg(std::env::current_exe().unwrap());
+    command.args(["-n", &processes.to_string()]).args(by).arg(std::env::current_exe().unwrap());
     // Open MPI requires these variables in containers, where it runs as root.
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
     command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("RUST_BACKTRACE", "0");
@@ -42,6 +47,30 @@ fn scenarios(lost: usize, missing: &str) -> [(&'static str, String, Duration); 7
     ]
 }
 
+/// A policy that forbids plaintext between machines allows a job on one machine, and refuses a job
+/// whose launcher reports several.
+fn policy() {
+    let none = ("SHARDWISE_SCENARIO", "none");
+    for policy in ["require-encrypted", "trusted-network=203.0.113.0/24"] {
+        let variables = [none, ("SHARDWISE_POLICY", policy)];
+        assert!(mpirun(2, &variables).status().unwrap().success(), "{policy}");
+        let apart = mpirun_by(2, &["env", "OMPI_COMM_WORLD_LOCAL_SIZE=1"], &variables).output().unwrap();
+        assert!(!apart.status.success(), "{policy}");
+        let words = format!("MPI sends plaintext between machines, but the policy is `{policy}`");
+        assert!(text(&apart).contains(&words), "{}", text(&apart));
+    }
+    let trusted = [none, ("SHARDWISE_POLICY", "trusted-network=127.0.0.0/8")];
+    let apart = mpirun_by(2, &["env", "OMPI_COMM_WORLD_LOCAL_SIZE=1"], &trusted);
+    assert!({ apart }.status().unwrap().success());
+    let unknown = mpirun(2, &[none, ("SHARDWISE_POLICY", "secret")]).output().unwrap();
+    assert!(
+        !unknown.status.success() && text(&unknown).contains("`secret` is no policy"),
+        "{}",
+        text(&unknown)
+    );
+    println!("ok: MPI is refused by a policy, between machines only");
+}
+
 pub(crate) fn drive() {
     if std::env::var_os("SHARDWISE_HUGE").is_some() {
         assert!(mpirun(2, &[]).status().unwrap().success(), "huge tensors");
@@ -64,6 +93,7 @@ pub(crate) fn drive() {
     let begin = Instant::now();
     assert!(mpirun(2, &[("SHARDWISE_SCENARIO", "none")]).status().unwrap().success());
     let empty = begin.elapsed();
+    policy();
     for processes in [2, 3, 4] {
         for (way, words, limit) in scenarios(processes - 1, &(processes - 1).to_string()) {
             let begin = Instant::now();
