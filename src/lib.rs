@@ -41,6 +41,7 @@
 //! | [`parallel`] | sharded tensors and layers: **start here** | operators and groups |
 //! | [`optim`] | optimizers, gradient norms, loss scales, learning rates | parameters |
 //! | [`train`] | data parallelism, pipelines, checks | layers and groups |
+//! | [`security`] | keys, signed lists of ranks, and which transports a job may use | errors |
 //! | [`trace`] | the flight recorder: the last operations of each rank | element types and errors |
 //! | [`weights`] | Hugging Face checkpoints; each rank reads only its shards | tensors |
 //! | [`prelude`] | the names that most programs use | all |
@@ -67,6 +68,7 @@
 //! | `plan` | no | the planner, which `cli` has too |
 //! | `mpi` | no | groups of processes over an MPI library, which has to be installed |
 //! | `nccl` | no | groups of GPUs over NCCL |
+//! | `tls` | no | connections between processes over TLS 1.3, which `cli` has too |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

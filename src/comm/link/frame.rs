@@ -337,4 +337,33 @@ mod tests {
         assert_eq!(read(&frames, &mut Seal::new(Some(&keyed(b"guess")), 1)), 0);
         assert_eq!(read(&frames, &mut Seal::new(Some(&keyed(b"token")), 0)), 0);
     }
+
+    /// Over TLS only members send frames, but a member may be wrong: any bytes are a frame or an
+    /// error.
+    #[test]
+    fn bytes_that_are_no_frames_are_errors() {
+        let mut random = 7_u64;
+        let mut next = move || {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            random >> 33
+        };
+        let (mut whole, mut read) = (Vec::new(), 0);
+        Frame::new(Kind::Inputs, 1, 2, (0, 1), vec![7; 100])
+            .write(&mut whole, &mut Seal::new(None, 0))
+            .unwrap();
+        assert_eq!(whole.len(), 148);
+        for _ in 0..20_000 {
+            let mut bytes = whole.clone();
+            for _ in 0..next() % 4 {
+                let at = next() as usize % bytes.len();
+                bytes[at] = next() as u8;
+            }
+            bytes.truncate(bytes.len() - (next() % 3 * (next() % 50)) as usize);
+            if let Ok(frame) = Frame::read(&mut &bytes[..], &mut Seal::new(None, 0)) {
+                read += 1;
+                let _ = (Strings::all(&frame.body), to_mismatch(&frame.body), to_loss(frame.to));
+            }
+        }
+        assert!((1000..19_000).contains(&read), "{read} frames were read");
+    }
 }

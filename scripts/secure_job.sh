@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The example of docs/security.md: a job of four processes with keys, and processes that are refused. Expects `shardwise` and
+# `processes` where cargo builds them (--features cli --bin shardwise --example processes).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bin=${CARGO_TARGET_DIR:-$PWD/target}/release
+page=$PWD/docs/security.md
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+mkdir -p target
+ln -s "$bin" target/release
+PATH=$bin:$PATH
+
+# Runs the page's blocks, so that the page cannot be wrong.
+awk '/^## Example/ { example = 1 } /^## Certificates/ { example = 0 }
+     /^```$/ { block = 0 } example && block { print } /^```sh$/ { block = 1 }' "$page" > commands.sh
+test "$(wc -l < commands.sh)" -gt 30
+# A port of this run's own.
+sed -i "s/MASTER_PORT=29500/MASTER_PORT=$((20000 + RANDOM % 10000))/" commands.sh
+bash -euo pipefail commands.sh > out 2> err || { cat out err; exit 1; }
+cat out
+grep -q '^job `train-7`' out || grep -q 'train-7' out
+test "$(grep -c '^rank [0-3] of 4: ' out)" = 4
+grep -q 'network, TLS 1.3' out
+for rank in 0 1 2 3; do
+    # No part of a private key is in a record, or was printed.
+    secret=$(sed -n 2p "rank$rank.pem" | cut -c 24-)
+    test ${#secret} -gt 30
+    if grep -rqF -- "$secret" records out err; then echo "a key of rank $rank was written"; exit 1; fi
+done
+
+# Rank 2's key in the place of rank 3's; a list that was changed.
+refused() {
+    words=$1
+    shift
+    if env "$@" target/release/examples/processes > said 2>&1; then cat said; exit 1; fi
+    grep -q -- "$words" said || { cat said; exit 1; }
+    echo "refused: $(head -n 1 said | cut -c 1-150)"
+}
+job=(SHARDWISE_MEMBERSHIP=membership.json SHARDWISE_OWNER=owner.pub WORLD_SIZE=4 LOCAL_WORLD_SIZE=1 LOCAL_RANK=0
+    MASTER_ADDR=localhost MASTER_PORT=29500 TORCHELASTIC_RUN_ID=train-7)
+refused 'cannot be used for rank 3' "${job[@]}" RANK=3 SHARDWISE_KEY=rank2.pem
+refused 'this job is `train-8`' "${job[@]}" RANK=3 SHARDWISE_KEY=rank3.pem TORCHELASTIC_RUN_ID=train-8
+refused 'sends plaintext between machines' "${job[@]}" RANK=3 SHARDWISE_POLICY=require-encrypted SHARDWISE_TOKEN=t \
+    SHARDWISE_MEMBERSHIP= SHARDWISE_OWNER= SHARDWISE_KEY=
+sed -i 's/"rank": 3/"rank": 7/' membership.json
+refused 'has not signed' "${job[@]}" RANK=3 SHARDWISE_KEY=rank3.pem
