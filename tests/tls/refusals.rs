@@ -8,7 +8,6 @@ use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     pki_types::{CertificateDer, ServerName, UnixTime},
-    version::TLS12,
 };
 use shardwise::{
     Error, Refusal, Result,
@@ -220,51 +219,80 @@ impl ServerCertVerifier for Anything {
     }
 }
 
-/// Connects with TLS as far as rank 0 allows. Returns the error.
-fn handshake(port: u16, config: ClientConfig) -> std::io::Error {
-    let name = ServerName::try_from("rank-0").unwrap();
-    let mut connection = ClientConnection::new(Arc::new(config), name).unwrap();
+fn connect(port: u16) -> TcpStream {
     let begin = Instant::now();
-    let mut stream = loop {
+    loop {
         match TcpStream::connect(("127.0.0.1", port)) {
-            Ok(stream) => break stream,
+            Ok(stream) => return stream,
             Err(error) => assert!(begin.elapsed() < DEADLINE, "{error}"),
         }
         thread::sleep(Duration::from_millis(1));
-    };
-    loop {
-        if let Err(error) = connection.complete_io(&mut stream) {
-            return error;
-        }
-        let mut greeting = [0; 40];
-        if let Ok(len @ 1..) = connection.reader().read(&mut greeting) {
-            panic!("{len} bytes were sent to an unknown client");
-        }
     }
 }
 
+/// Runs rank 0 while `client` connects, and returns why rank 0 refused it.
+fn refused_client(job: &Job, client: impl FnOnce(TcpStream)) -> String {
+    thread::scope(|scope| {
+        let env = job.env(0);
+        let host = scope.spawn(move || env.run(Duration::from_millis(500), |_| Ok(())));
+        client(connect(job.port));
+        match last(host.join().unwrap()) {
+            Some(Refusal::Handshake(reason)) => reason,
+            other => panic!("{other:?}"),
+        }
+    })
+}
+
 #[test]
-fn earlier_versions_of_tls_and_clients_without_a_key_are_refused() {
-    let job = Job::new(2);
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let anonymous = |versions| {
-        ClientConfig::builder_with_provider(Arc::clone(&provider))
-            .with_protocol_versions(versions)
-            .unwrap()
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anything))
-            .with_no_client_auth()
-    };
-    for config in [anonymous(&[&TLS12]), anonymous(rustls::ALL_VERSIONS)] {
-        thread::scope(|scope| {
-            let env = job.env(0);
-            let host = scope.spawn(move || env.run(Duration::from_millis(500), |_| Ok(())));
-            let error = handshake(job.port, config);
-            assert!(error.to_string().contains("alert"), "{error}");
-            let last = last(host.join().unwrap());
-            assert!(matches!(last, Some(Refusal::Handshake(_))), "{last:?}");
-        });
-    }
+fn clients_without_a_key_are_refused() {
+    let anonymous = ClientConfig::builder_with_provider(rustls::crypto::ring::default_provider().into())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anything))
+        .with_no_client_auth();
+    let reason = refused_client(&Job::new(2), |mut stream| {
+        let name = ServerName::try_from("rank-0").unwrap();
+        let mut connection = ClientConnection::new(Arc::new(anonymous), name).unwrap();
+        let error = loop {
+            if let Err(error) = connection.complete_io(&mut stream) {
+                break error;
+            }
+            let mut greeting = [0; 40];
+            if let Ok(len @ 1..) = connection.reader().read(&mut greeting) {
+                panic!("{len} bytes were sent to an unknown client");
+            }
+        };
+        assert!(error.to_string().contains("alert"), "{error}");
+    });
+    assert!(reason.contains("ertificate"), "{reason}");
+}
+
+/// The first message of a TLS 1.2 client: version, 32 random bytes, no session, two cipher suites, no
+/// compression; the extensions are the curve x25519 and the signatures Ed25519 and ECDSA.
+#[test]
+fn earlier_versions_of_tls_are_refused() {
+    let hello = [
+        &[0x03, 0x03][..],
+        &[7; 32],
+        &[0],
+        &[0, 4, 0xc0, 0x2b, 0xc0, 0x2f],
+        &[1, 0],
+        &[0, 18],
+        &[0, 10, 0, 4, 0, 2, 0, 29],
+        &[0, 13, 0, 6, 0, 4, 8, 7, 4, 3],
+    ]
+    .concat();
+    let length = |extra: usize| ((hello.len() + extra) as u16).to_be_bytes();
+    let message = [&[0x16, 0x03, 0x01][..], &length(4), &[1, 0], &length(0), &hello].concat();
+    let reason = refused_client(&Job::new(2), |mut stream| {
+        stream.write_all(&message).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        // An alert: fatal, protocol_version (RFC 8446, section 6).
+        assert!(matches!(answer[..], [0x15, 0x03, _, 0, 2, 2, 70]), "{answer:x?}");
+    });
+    assert!(reason.contains("incompatible"), "{reason}");
 }
 
 /// A rank whose own files do not fit does not connect.
