@@ -5,3 +5,4 @@ mod launch;
 mod measure;
 mod plan;
 mod records;
+mod security;
