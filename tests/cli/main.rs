@@ -6,3 +6,4 @@ mod measure;
 mod plan;
 mod records;
 mod security;
+mod users;
