@@ -5,6 +5,7 @@ use crate::{
     error::{Error, Result},
     security::{Identity, Policy, Secret},
 };
+use std::{cell::RefCell, env::VarError};
 
 const OP: &str = "launch";
 
@@ -138,7 +139,20 @@ impl Env {
     /// variable is not a number, or when variables contradict each other. The error names the
     /// variables.
     pub fn read() -> Result<Self> {
-        Self::of(|name| std::env::var(name).ok())
+        let wrong = RefCell::new(None);
+        let env = Self::of(|name| match std::env::var(name) {
+            Ok(value) => Some(value),
+            Err(VarError::NotPresent) => None,
+            // A policy that cannot be read is no policy that allows everything.
+            Err(VarError::NotUnicode(_)) => {
+                *wrong.borrow_mut() = Some(name.to_string());
+                None
+            }
+        });
+        match wrong.take() {
+            Some(name) => Err(Error::invalid(OP, format!("{name} is not valid UTF-8"))),
+            None => env,
+        }
     }
 
     /// Like [`Env::read`], but asks `variable` for the value of each environment variable.
@@ -219,14 +233,9 @@ impl Env {
             .ok_or_else(|| Error::invalid(OP, format!("there is no port {port}")))?;
         let epoch = number(launcher.epoch)?.unwrap_or(0) as u64;
         let token = text("SHARDWISE_TOKEN").unwrap_or_default().into();
-        let (identity, policy) = (Identity::of(text)?, policy(text)?);
+        let identity = Identity::of(text)?;
+        let policy = text(Policy::VARIABLE).map_or(Ok(Policy::Any), |text| text.parse())?;
         let local_world = local_world.unwrap_or(if alone { world } else { 1 });
         Ok(Self { rank, world, local_rank, local_world, host, port, job, epoch, token, identity, policy })
     }
-}
-
-/// Reads the policy of an environment.
-pub(super) fn policy(variable: impl Fn(&str) -> Option<String>) -> Result<Policy> {
-    let text = variable(Policy::VARIABLE).filter(|text| !text.is_empty());
-    text.map_or(Ok(Policy::Any), |text| text.parse())
 }

@@ -1,6 +1,6 @@
 //! Ranks that an MPI launcher has started.
 
-use super::{Env, env::policy};
+use super::Env;
 use crate::{
     comm::{self, Communicator, Group, Universe},
     device::Cpu,
@@ -83,7 +83,7 @@ impl Mpi {
     /// has not received a message that another rank sent to it. MPI's own errors end the process,
     /// as usual with MPI.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
-        let policy = self.policy.map_or_else(|| policy(|name| std::env::var(name).ok()), Ok)?;
+        let policy = self.policy.map_or_else(Policy::read, Ok)?;
         let one_machine = || Env::read().is_ok_and(|env| env.local_world >= env.world);
         let universe = Universe::start(self.deadline, self.message_limit, policy, one_machine)?;
         let comm = universe.world();

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use ipnet::IpNet;
 use std::{
+    env::{self, VarError},
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     str::FromStr,
@@ -86,6 +87,18 @@ pub enum Policy {
 impl Policy {
     /// The name of the environment variable.
     pub(crate) const VARIABLE: &'static str = "SHARDWISE_POLICY";
+
+    /// Reads the policy of this process's environment; [`Policy::Any`] if it has none.
+    ///
+    /// # Errors
+    /// When the variable is no policy.
+    pub fn read() -> Result<Self> {
+        match env::var(Self::VARIABLE) {
+            Ok(text) if !text.is_empty() => text.parse(),
+            Ok(_) | Err(VarError::NotPresent) => Ok(Self::Any),
+            Err(VarError::NotUnicode(text)) => text.to_string_lossy().parse(),
+        }
+    }
 
     /// Returns [`Error::NotEncrypted`] if the policy forbids a transport. `address` is this
     /// machine's address on the transport, if it is known.

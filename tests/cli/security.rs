@@ -327,6 +327,25 @@ fn an_identity_of_the_environment_is_refused_by_name() {
     assert!(words.contains("list.json: the list is for the job `train-7`, but this job is `"), "{words}");
 }
 
+/// A policy that cannot be read is not taken for one that allows everything.
+#[test]
+fn variables_that_are_not_utf_8_are_refused() {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+    let wrong = OsStr::from_bytes(b"require-encrypted\xff");
+    let mut info = Command::new(env!("CARGO_BIN_EXE_shardwise"));
+    let output = info.arg("info").env("SHARDWISE_POLICY", wrong).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    for variable in ["SHARDWISE_POLICY", "SHARDWISE_KEY"] {
+        let mut job = ranks_of_this_program(2, &[], "security::rank_with_a_channel");
+        let output = run({
+            job.env(variable, wrong);
+            job
+        });
+        let words = format!("{variable} is not valid UTF-8");
+        assert!(!output.status.success() && text(&output.stderr).contains(&words), "{output:?}");
+    }
+}
+
 #[test]
 fn a_job_leaves_no_keys_however_it_ends() {
     let temporary = tempfile::tempdir().unwrap();

@@ -7,6 +7,7 @@ use shardwise::{
     comm::{Group, ReduceOp},
     device::Cpu,
     launch::Env,
+    security::{Channel, Identity, Policy},
 };
 use std::{
     collections::HashMap,
@@ -154,6 +155,48 @@ fn what_is_missing_or_contradicts_is_named() {
     says(&local("0", "2"), &["MASTER_ADDR is not set", "4 ranks", "only 2"]);
     let port = [("RANK", "0"), ("WORLD_SIZE", "1"), ("SHARDWISE_PORT", "70000")];
     says(&port, &["no port 70000"]);
+}
+
+#[test]
+fn an_identity_and_a_policy_are_whole_or_refused() {
+    let alone = [("RANK", "0"), ("WORLD_SIZE", "1")];
+    let with = |variables: &[(&str, &str)]| env(&[&alone[..], variables].concat());
+    let says = |variables: &[(&str, &str)], words: &[&str]| {
+        let error = with(variables).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    let (key, list, owner) =
+        (("SHARDWISE_KEY", "k"), ("SHARDWISE_MEMBERSHIP", "m"), ("SHARDWISE_OWNER", "o"));
+    let (chain, roots, name) =
+        (("SHARDWISE_CERTIFICATE", "c"), ("SHARDWISE_AUTHORITY", "a"), ("SHARDWISE_NAME", "n"));
+    assert_eq!(with(&[]).unwrap().identity, None);
+    let (k, m, o) = ("k".into(), "m".into(), "o".into());
+    let listed = Identity::Key { key: k, membership: m, owner: o };
+    assert_eq!(with(&[key, list, owner]).unwrap().identity, Some(listed));
+    let (k, c, a, n) = ("k".into(), "c".into(), "a".into(), "n".into());
+    let certified = Identity::Certificate { key: k, certificate: c, authority: a, name: n };
+    assert_eq!(with(&[key, chain, roots, name]).unwrap().identity, Some(certified));
+    says(&[key], &["SHARDWISE_KEY is set", "SHARDWISE_MEMBERSHIP", "SHARDWISE_CERTIFICATE"]);
+    says(&[list], &["SHARDWISE_MEMBERSHIP is set, but SHARDWISE_KEY is not"]);
+    says(&[key, list], &["SHARDWISE_MEMBERSHIP is set, but SHARDWISE_OWNER is not"]);
+    says(&[key, owner], &["SHARDWISE_OWNER is set, but SHARDWISE_MEMBERSHIP is not"]);
+    says(&[key, chain, name], &["SHARDWISE_CERTIFICATE is set, but SHARDWISE_AUTHORITY is not"]);
+    says(&[key, list, owner, roots], &["SHARDWISE_MEMBERSHIP and SHARDWISE_AUTHORITY are set"]);
+
+    let policy = |text| with(&[("SHARDWISE_POLICY", text)]).map(|env| env.policy);
+    assert_eq!(policy(""), Ok(Policy::Any));
+    assert_eq!(policy("require-encrypted"), Ok(Policy::RequireEncrypted));
+    assert!(policy("encrypted").unwrap_err().to_string().contains("`encrypted` is no policy"));
+    // Without the feature `tls` an identity is not ignored, and with it the files are missing.
+    let mut env = with(&[key, list, owner]).unwrap();
+    let error = env.run(DEADLINE, |_| Ok(())).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. } | Error::Io { .. }), "{error}");
+    // One machine may use plaintext, and several may not.
+    (env.identity, env.policy) = (None, Policy::RequireEncrypted);
+    assert_eq!(env.run(DEADLINE, |group| Ok(group.communicator().channel())), Ok(Channel::MEMORY));
+    (env.world, env.local_world, env.token) = (2, 1, "token".into());
+    let error = env.run(DEADLINE, |_| Ok(())).unwrap_err();
+    assert!(matches!(error, Error::NotEncrypted { transport: "Link", .. }), "{error}");
 }
 
 #[test]

@@ -1,11 +1,7 @@
 //! `shardwise info`: this build of the program, and how the data of a job travelled.
 
 use shardwise::{Result, security::Policy, trace::Record};
-use std::{
-    collections::BTreeMap,
-    env::{self, consts},
-    fmt::Write,
-};
+use std::{collections::BTreeMap, env::consts, fmt::Write};
 
 /// Describes this build, and the policy that the environment sets.
 ///
@@ -20,8 +16,7 @@ pub(crate) fn build() -> Result<String> {
         (true, "tls (ring, TLS 1.3)"),
     ];
     let features: Vec<_> = features.into_iter().filter_map(|(has, name)| has.then_some(name)).collect();
-    let policy = env::var("SHARDWISE_POLICY").ok().filter(|text| !text.is_empty());
-    let policy = policy.map_or(Ok(Policy::Any), |text| text.parse())?;
+    let policy = Policy::read()?;
     Ok(format!(
         "shardwise {}\nfeatures: {}\nsystem: {} {}\npolicy: {policy}\n",
         env!("CARGO_PKG_VERSION"),
