@@ -14,11 +14,11 @@
 //! makes, breaks and drops groups: descriptors, threads and memory must not grow. `--limits` also
 //! checks time limits (errors within ten milliseconds at p99), and measures the cost of the checks.
 //!
-//! `--processes 100` and `--tls 100` (feature `cli`), `--nccl 100` (features `cli` and `nccl`; up to
-//! eight GPUs) and `--mpi 100` (feature `mpi`): ranks are processes. One rank panics, returns, fails, exits, is
-//! killed or is stopped. The last three faults may occur at any moment, also during a transfer. The
-//! job must name the right rank and end within a second. If the rank was stopped, the job may take
-//! 1.1 deadlines longer than that.
+//! `--processes 100` and `--tls 100` (feature `cli`), `--nccl 100` (features `cli` and `nccl`; up
+//! to eight GPUs) and `--mpi 100` (feature `mpi`): ranks are processes. One rank panics, returns,
+//! fails, exits, is killed or is stopped. The last three faults may occur at any moment, also
+//! during a transfer. The job must name the right rank and end within a second. If the rank was
+//! stopped, the job may take 1.1 deadlines longer than that.
 
 mod costs;
 mod cycles;
