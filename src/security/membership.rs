@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use std::{
     collections::HashSet,
     ffi::OsString,
+    fmt::Write,
     fs,
     ops::RangeInclusive,
     path::{Path, PathBuf},
@@ -104,27 +105,27 @@ impl Membership {
     /// Returns a list. It is valid for the given starts of the job, until `not_after` if that is set.
     ///
     /// # Errors
-    /// When there is no epoch or no member, or two members have the same rank or the same key.
+    /// When there is no epoch or no member, two members have the same rank or the same key, or a
+    /// time is not in the years 1970 to 9999.
     pub fn new(
         job: impl Into<String>,
         epochs: RangeInclusive<u64>,
         not_after: Option<SystemTime>,
         members: impl IntoIterator<Item = Member>,
     ) -> Result<Self> {
-        let text = |time: Option<SystemTime>| time.map(|time| humantime::format_rfc3339(time).to_string());
-        let member = |member: Member| FileMember {
-            rank: member.rank,
-            key: member.key.to_string(),
-            not_after: text(member.not_after),
+        let bad = |reason: String| Error::invalid("membership", reason);
+        let text = |time: Option<SystemTime>| time.map(rfc3339).transpose().map_err(bad);
+        let member = |member: Member| -> Result<_> {
+            let (key, not_after) = (member.key.to_string(), text(member.not_after)?);
+            Ok(FileMember { rank: member.rank, key, not_after })
         };
         let file = File {
             version: 1,
             job: job.into(),
             epochs: [*epochs.start(), *epochs.end()],
-            not_after: text(not_after),
-            members: members.into_iter().map(member).collect(),
+            not_after: text(not_after)?,
+            members: members.into_iter().map(member).collect::<Result<_>>()?,
         };
-        let bad = |reason: String| Error::invalid("membership", reason);
         let text = serde_json::to_string_pretty(&file).map_err(|error| bad(error.to_string()))?;
         Self::parse(text + "\n").map_err(bad)
     }
@@ -260,6 +261,16 @@ impl Membership {
     }
 }
 
+/// Formats a time as the file has it. The error is the reason.
+fn rfc3339(time: SystemTime) -> Result<String, String> {
+    let mut text = String::new();
+    let is_late_enough = time >= SystemTime::UNIX_EPOCH; // Earlier times would panic.
+    if is_late_enough && write!(text, "{}", humantime::format_rfc3339(time)).is_ok() {
+        return Ok(text);
+    }
+    Err(format!("`not_after` is {time:?}, but the year has to be between 1970 and 9999"))
+}
+
 /// The path of a file's signature.
 fn signature_of(path: &Path) -> PathBuf {
     let mut name = OsString::from(path);
@@ -318,6 +329,11 @@ mod tests {
             vec![one.clone(), Member { key: one.key.clone(), ..two.clone() }],
             "also another rank's",
         );
+        let epoch = SystemTime::UNIX_EPOCH;
+        for time in [epoch - Duration::from_secs(1), epoch + Duration::from_secs(253_402_300_800)] {
+            refused(0..=1, vec![Member { not_after: Some(time), ..one.clone() }], "between 1970 and 9999");
+            assert!(Membership::new("train", 0..=1, Some(time), [one.clone()]).is_err());
+        }
         let text = Membership::new("train", 0..=1, None, [one]).unwrap().text;
         let parsed = |from: &str, to: &str| Membership::parse(text.replace(from, to)).unwrap_err();
         assert!(parsed("\"version\": 1", "\"version\": 2").contains("version 2"));

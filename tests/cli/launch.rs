@@ -20,7 +20,7 @@ fn shardwise(ranks: usize, options: &[&str], program: &[&str]) -> Command {
 }
 
 /// Returns the command that launches ranks with a shell script.
-fn script(ranks: usize, options: &[&str], script: &str) -> Command {
+pub(crate) fn script(ranks: usize, options: &[&str], script: &str) -> Command {
     shardwise(ranks, options, &["sh", "-c", script])
 }
 
@@ -159,8 +159,8 @@ fn tagged(tag: &str) -> usize {
 
 /// Starts a job of long-lived ranks with children, and waits until all ranks have started. All
 /// processes of the job have `TAG=tag` in their environment.
-fn long_job(tag: &str, body: &str, temporary: &Path) -> Child {
-    let mut command = script(2, &["--grace", "1"], body);
+pub(crate) fn long_job(tag: &str, options: &[&str], body: &str, temporary: &Path) -> Child {
+    let mut command = script(2, &[&["--grace", "1"], options].concat(), body);
     command.env("TAG", tag).env("TMPDIR", temporary);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
@@ -173,17 +173,24 @@ fn long_job(tag: &str, body: &str, temporary: &Path) -> Child {
     child
 }
 
-fn kill(pid: u32, signal: &str) {
+/// Returns the process id of the parent of a job's ranks.
+pub(crate) fn keeper_of(job: &Child) -> u32 {
+    let launcher = job.id();
+    let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
+    children.trim().parse().unwrap()
+}
+
+pub(crate) fn kill(pid: u32, signal: &str) {
     assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
 }
 
-fn fresh_tag() -> String {
+pub(crate) fn fresh_tag() -> String {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     format!("{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))
 }
 
 /// Waits until no process has the tag, and returns the time taken.
-fn gone_after(tag: &str, patience: Duration) -> Duration {
+pub(crate) fn gone_after(tag: &str, patience: Duration) -> Duration {
     let begin = Instant::now();
     while tagged(tag) > 0 {
         assert!(begin.elapsed() < patience, "{} orphans after {:?}", tagged(tag), begin.elapsed());
@@ -204,7 +211,7 @@ fn signals_are_forwarded() {
         let tag = fresh_tag();
         let body =
             format!("{CHILDREN} trap 'exit 0' {}; echo ready; while :; do sleep 0.01; done", &signal[1..]);
-        let mut job = long_job(&tag, &body, temporary.path());
+        let mut job = long_job(&tag, &[], &body, temporary.path());
         kill(job.id(), signal);
         let mut words = String::new();
         job.stderr.take().unwrap().read_to_string(&mut words).unwrap();
@@ -214,12 +221,12 @@ fn signals_are_forwarded() {
     }
     // The signal kills ranks that do not handle it.
     let tag = fresh_tag();
-    let mut job = long_job(&tag, "echo ready; exec sleep 1000", temporary.path());
+    let mut job = long_job(&tag, &[], "echo ready; exec sleep 1000", temporary.path());
     kill(job.id(), "-TERM");
     assert_eq!(job.wait().unwrap().code(), Some(128 + 15));
     // The launcher forwards a signal that does not end jobs, and the job continues.
     let body = "trap 'exit 7' USR1; echo ready; while :; do sleep 0.01; done";
-    let mut job = long_job(&tag, body, temporary.path());
+    let mut job = long_job(&tag, &[], body, temporary.path());
     kill(job.id(), "-USR1");
     assert_eq!(job.wait().unwrap().code(), Some(7));
 }
@@ -234,11 +241,10 @@ fn a_killed_launcher_leaves_no_orphans() {
         let tag = fresh_tag();
         let temporary = tempfile::tempdir().unwrap();
         let body = format!("{CHILDREN} echo ready; wait; sleep 1000");
-        let mut job = long_job(&tag, &body, temporary.path());
-        let launcher = job.id();
-        let keeper = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
+        let mut job = long_job(&tag, &[], &body, temporary.path());
+        let keeper = keeper_of(&job);
         assert!(tagged(&tag) >= 8, "the launcher, its supervisor, the ranks and their children");
-        let victim = if round % 2 == 0 { launcher } else { keeper.trim().parse().unwrap() };
+        let victim = if round % 2 == 0 { job.id() } else { keeper };
         kill(victim, "-KILL");
         // The test reaps the launcher at once, as a shell does.
         let status = job.wait().unwrap();

@@ -5,3 +5,5 @@ mod launch;
 mod measure;
 mod plan;
 mod records;
+mod security;
+mod users;

@@ -21,6 +21,10 @@ pub(crate) struct Job {
     /// Without either, the records are removed when the job ends.
     #[arg(long)]
     pub(crate) flight: Option<PathBuf>,
+    /// Connect the ranks over TLS 1.3. Each rank gets a new key, in a private temporary folder that
+    /// is removed when the job ends.
+    #[arg(long)]
+    pub(crate) tls: bool,
     /// The program that every rank runs, with its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) program: Vec<OsString>,

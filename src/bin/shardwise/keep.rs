@@ -1,6 +1,7 @@
 //! `shardwise keep`: the parent process of the ranks. See `launch.rs`.
 
 use crate::{
+    identity::Identities,
     job::{Job, LAST_WORDS},
     output,
     signals::{FORWARDED, name},
@@ -23,7 +24,7 @@ use std::{
     io::{Read, Write},
     net::TcpListener,
     os::unix::process::CommandExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::mpsc::{self, Receiver},
     thread::{self, JoinHandle},
@@ -108,7 +109,8 @@ impl Rank {
 /// The arguments that the launcher passes to its keeper.
 #[derive(Args)]
 pub(crate) struct Keep {
-    /// A folder for the ranks' records. The keeper removes it when the ranks have ended.
+    /// A folder for the ranks' keys, and for their records if the job names no folder for them. The
+    /// keeper removes it when the ranks have ended.
     #[arg(long)]
     private: Option<PathBuf>,
     #[command(flatten)]
@@ -331,7 +333,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
         ranks: Vec::new(),
         // The id and the epoch, as the ranks name their job.
         job: format!("{id}.0"),
-        folder: private.clone().or_else(|| job.records()),
+        folder: job.records().or_else(|| private.as_ref().map(|folder| folder.join("records"))),
         grace: job.grace,
         failed: None,
         left: Vec::new(),
@@ -342,7 +344,8 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
         next: None,
     };
     let mut outputs = Vec::new();
-    let started = start(job, &id, &mut ranks, &mut outputs);
+    let started = identities(job, &id, private.as_deref())
+        .and_then(|identities| start(job, &id, identities.as_ref(), &mut ranks, &mut outputs));
     if started.is_ok() {
         while !ranks.is_over() {
             match next(&news, ranks.next.map(|(at, _)| at)) {
@@ -405,7 +408,23 @@ fn wait_for_reader(news: &Receiver<Event>, step: Step, limit: &mut Option<Instan
     }
 }
 
-fn start(job: &Job, id: &str, ranks: &mut Ranks, outputs: &mut Vec<JoinHandle<()>>) -> io::Result<()> {
+/// Makes the ranks' keys in the private folder, if the job uses TLS.
+fn identities(job: &Job, id: &str, private: Option<&Path>) -> io::Result<Option<Identities>> {
+    if !job.tls {
+        return Ok(None);
+    }
+    let folder = private.ok_or_else(|| io::Error::other("the launcher has named no folder for keys"))?;
+    let identities = Identities::write(folder.join("keys"), id, job.ranks as usize);
+    identities.map(Some).map_err(io::Error::other)
+}
+
+fn start(
+    job: &Job,
+    id: &str,
+    identities: Option<&Identities>,
+    ranks: &mut Ranks,
+    outputs: &mut Vec<JoinHandle<()>>,
+) -> io::Result<()> {
     let (port, master) = free_ports()?;
     let token = random::<32>()?;
     let keeper = getpid().as_raw_nonzero().to_string();
@@ -419,6 +438,9 @@ fn start(job: &Job, id: &str, ranks: &mut Ranks, outputs: &mut Vec<JoinHandle<()
         command.envs([("MASTER_PORT", master.to_string()), ("SHARDWISE_PORT", port.to_string())]);
         command.envs([("SHARDWISE_TOKEN", token.as_str()), ("TORCHELASTIC_RUN_ID", id)]);
         command.envs(ranks.folder.iter().map(|folder| ("SHARDWISE_FLIGHT_DIR", folder)));
+        if let Some(identities) = identities {
+            identities.give(rank, &mut command);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.process_group(0).spawn()?;
         ranks.ranks.push(Rank { pid: Pid::from_child(&child), end: None, sent: Vec::new() });

@@ -20,22 +20,42 @@ use signal_hook::iterator::Signals;
 use std::{
     env,
     ffi::OsStr,
+    fs::Permissions,
     io::{self, Write},
-    os::unix::process::{CommandExt, ExitStatusExt},
+    os::unix::{
+        fs::PermissionsExt,
+        process::{CommandExt, ExitStatusExt},
+    },
     process::{Command, Stdio},
     sync::mpsc,
     thread,
 };
+use tempfile::TempDir;
+
+/// Makes a temporary folder that only the user can read, for the ranks' keys and for their records,
+/// unless the job needs none. The keeper removes it. If the keeper is killed, this process removes
+/// it.
+fn private(job: &Job) -> io::Result<Option<TempDir>> {
+    // The records show which rank failed first, so the ranks always write them.
+    let records = job.records().is_none();
+    if !job.tls && !records {
+        return Ok(None);
+    }
+    let mode = Permissions::from_mode(0o700);
+    match tempfile::Builder::new().prefix("shardwise-").permissions(mode).tempdir() {
+        Ok(folder) => Ok(Some(folder)),
+        Err(error) if job.tls => {
+            Err(io::Error::new(error.kind(), format!("cannot store the ranks' keys: {error}")))
+        }
+        Err(error) => {
+            eprintln!("shardwise: cannot record the ranks' calls: {error}");
+            Ok(None)
+        }
+    }
+}
 
 pub(crate) fn launch(job: &Job) -> io::Result<u8> {
-    // The records show which rank failed first, so the ranks always write them. The keeper removes
-    // this temporary folder. If the keeper is killed, this process removes it.
-    let private = if job.records().is_none() {
-        let folder = tempfile::Builder::new().prefix("shardwise-").tempdir();
-        folder.inspect_err(|error| eprintln!("shardwise: cannot record the ranks' calls: {error}")).ok()
-    } else {
-        None
-    };
+    let private = private(job)?;
     set_child_subreaper(Some(getpid()))?;
     let mut signals = Signals::new(FORWARDED)?;
     // The keeper gets a separate process group, so that a signal from the terminal reaches the

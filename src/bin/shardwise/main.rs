@@ -1,16 +1,29 @@
 //! The program `shardwise`. It starts ranks on this machine, reads the records of ranks, measures
-//! machines, and plans how a model is divided over ranks.
+//! machines, plans how a model is divided over ranks, and makes the keys of ranks.
+//!
+//! | command | effect |
+//! |---|---|
+//! | `launch` | starts ranks (Linux); with `--tls`, over TLS 1.3 and with a new key for each rank |
+//! | `blame`, `trace` | read the records of ranks |
+//! | `info` | describes this build, or how the data of a job travelled |
+//! | `measure`, `plan` | measure a machine, and plan a model for it |
+//! | `key`, `membership` | make keys, and sign and check the lists of a job's keys |
 
 #[cfg(feature = "nccl")]
 mod gpus;
 mod host;
 #[cfg(target_os = "linux")]
+mod identity;
+mod info;
+#[cfg(target_os = "linux")]
 mod job;
 #[cfg(target_os = "linux")]
 mod keep;
+mod key;
 #[cfg(target_os = "linux")]
 mod launch;
 mod measure;
+mod membership;
 #[cfg(target_os = "linux")]
 mod output;
 mod plan;
@@ -21,9 +34,15 @@ mod tree;
 
 use clap::{Parser, Subcommand};
 use shardwise::trace::{Record, blame, chrome};
-use std::{fs, io, path::PathBuf, process::ExitCode};
+use std::{
+    fs,
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
-/// Starts tensor-parallel ranks and reports how they ended; measures machines and plans models.
+/// Starts tensor-parallel ranks and reports how they ended; measures machines and plans models;
+/// makes the keys of ranks.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -54,6 +73,17 @@ enum Command {
         #[arg(short, long)]
         output: PathBuf,
     },
+    /// Prints version, features, system and policy; or how the data of a job's groups travelled.
+    Info {
+        /// Record files, or folders of them, as for `blame`.
+        records: Vec<PathBuf>,
+    },
+    /// Makes private keys and prints public keys.
+    #[command(subcommand)]
+    Key(key::Key),
+    /// Signs and checks the list of a job's keys.
+    #[command(subcommand)]
+    Membership(membership::Command),
     /// Measures this machine and prints it as JSON, for `plan --machine`.
     Measure(measure::Request),
     /// Plans how a model is divided over the ranks of a machine: memory and time of the best plans.
@@ -76,6 +106,12 @@ impl Records {
     }
 }
 
+/// Prints the text of a command.
+fn print(text: shardwise::Result<String>) -> io::Result<u8> {
+    io::stdout().write_all(text.map_err(io::Error::other)?.as_bytes())?;
+    Ok(0)
+}
+
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         #[cfg(target_os = "linux")]
@@ -88,6 +124,10 @@ fn main() -> ExitCode {
             println!("{}", blame(&records));
             0
         }),
+        Command::Info { records } if records.is_empty() => print(info::build()),
+        Command::Info { records } => print(Record::read_all(&records).map(|records| info::job(&records))),
+        Command::Key(key) => print(key.run()),
+        Command::Membership(command) => print(command.run()),
         Command::Measure(request) => request.run(),
         Command::Plan(request) => request.run(),
         Command::Trace { records, output } => {

@@ -1,0 +1,55 @@
+//! The keys of the ranks of `shardwise launch --tls`.
+
+use shardwise::{
+    Error, Result,
+    security::{Member, Membership, PrivateKey},
+};
+use std::{fs, path::PathBuf, process::Command};
+
+/// The variables of a certificate. A rank cannot have both a listed key and a certificate.
+const CERTIFICATE: [&str; 3] = ["SHARDWISE_CERTIFICATE", "SHARDWISE_AUTHORITY", "SHARDWISE_NAME"];
+
+/// A folder with a private key for each rank of one start of a job, and the signed list of their
+/// public keys.
+pub(crate) struct Identities(PathBuf);
+
+impl Identities {
+    /// Writes the files into a new folder. The key that signs the list is never written, so nobody
+    /// can sign another list.
+    pub(crate) fn write(folder: PathBuf, job: &str, ranks: usize) -> Result<Self> {
+        let this = Self(folder);
+        fs::create_dir(&this.0).map_err(|error| Error::io(&this.0, &error))?;
+        let owner = PrivateKey::generate()?;
+        let member = |rank| {
+            let key = PrivateKey::generate()?;
+            key.write(this.key(rank))?;
+            Ok(Member { rank, key: key.public().clone(), not_after: None })
+        };
+        let members = (0..ranks).map(member).collect::<Result<Vec<_>>>()?;
+        Membership::new(job, 0..=0, None, members)?.write(this.membership(), &owner)?;
+        let written = fs::write(this.owner(), owner.public().to_pem());
+        written.map_err(|error| Error::io(this.owner(), &error))?;
+        Ok(this)
+    }
+
+    /// Gives a rank its identity by environment variables.
+    pub(crate) fn give(&self, rank: usize, command: &mut Command) {
+        command.env("SHARDWISE_KEY", self.key(rank));
+        command.env("SHARDWISE_MEMBERSHIP", self.membership()).env("SHARDWISE_OWNER", self.owner());
+        for variable in CERTIFICATE {
+            command.env_remove(variable);
+        }
+    }
+
+    fn key(&self, rank: usize) -> PathBuf {
+        self.0.join(format!("rank{rank}.pem"))
+    }
+
+    fn membership(&self) -> PathBuf {
+        self.0.join("membership.json")
+    }
+
+    fn owner(&self) -> PathBuf {
+        self.0.join("owner.pub")
+    }
+}
