@@ -15,7 +15,7 @@ use std::{
 
 const RANKS: usize = 4;
 /// In one of every ten groups the ranks communicate over sockets. In all other groups they use
-/// shared memory.
+/// shared memory. With the feature `tls`, every second group over sockets uses TLS.
 const OVER_SOCKETS: u64 = 10;
 /// How many more descriptors, and how many more threads, the process may have at the end than after
 /// a tenth of the cycles. The limit is not 0, because some connections are still being closed.
@@ -42,6 +42,9 @@ impl Usage {
     }
 }
 
+/// Returns the environment variables by which a rank proves which rank it is.
+type Identity<'a> = &'a (dyn Fn(usize, &str) -> Option<String> + Sync);
+
 /// The program of a rank. The number of the cycle selects the fault that breaks the group.
 fn rank(world: &Group<Cpu>, cycle: u64) -> Result<()> {
     let (rank, device) = (world.rank(), world.device());
@@ -62,7 +65,7 @@ fn rank(world: &Group<Cpu>, cycle: u64) -> Result<()> {
 
 /// Runs [`rank`] over sockets, with threads in place of processes. Returns the number of ranks that
 /// received an error.
-fn over_sockets(cycle: u64) -> std::io::Result<usize> {
+fn over_sockets(cycle: u64, identity: Identity) -> std::io::Result<usize> {
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
     let informed = thread::scope(|scope| {
         let start = |number: usize| {
@@ -71,7 +74,7 @@ fn over_sockets(cycle: u64) -> std::io::Result<usize> {
                 "RANK" | "LOCAL_RANK" => Some(number.to_string()),
                 "WORLD_SIZE" | "LOCAL_WORLD_SIZE" => Some(RANKS.to_string()),
                 "SHARDWISE_PORT" => Some(port.clone()),
-                _ => None,
+                name => identity(number, name),
             };
             scope.spawn(move || Env::of(variable)?.run(Duration::from_secs(20), |world| rank(&world, cycle)))
         };
@@ -84,10 +87,19 @@ fn over_sockets(cycle: u64) -> std::io::Result<usize> {
 /// Makes and breaks groups. Returns an error if a group did not break, or if descriptors, threads
 /// or memory leak.
 pub(crate) fn campaign(cycles: u64) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    #[cfg(feature = "tls")]
+    let keys = crate::keys::Keys::new(RANKS)?;
+    let identities: &[Identity] = &[
+        &|_, _| None,
+        #[cfg(feature = "tls")]
+        &|rank, name| keys.variable(rank, name),
+    ];
     let (start, mut after_some) = (Instant::now(), Usage::now()?);
+    let kinds = identities.len() as u64;
     for cycle in 0..cycles {
         let informed = if cycle % OVER_SOCKETS == 0 {
-            over_sockets(cycle / OVER_SOCKETS)?
+            let number = cycle / OVER_SOCKETS;
+            over_sockets(number / kinds, identities[(number % kinds) as usize])?
         } else {
             let ranks = Threads::new(RANKS).deadline(Duration::from_secs(20));
             ranks.run_each(|world| rank(&world, cycle))?.iter().filter(|outcome| outcome.is_err()).count()
@@ -102,10 +114,11 @@ pub(crate) fn campaign(cycles: u64) -> std::result::Result<(), Box<dyn std::erro
     // The threads that read connections end slightly later than the ranks.
     thread::sleep(Duration::from_millis(100));
     let usage = Usage::now()?;
+    let over_sockets = cycles.div_ceil(OVER_SOCKETS);
     println!(
-        "cycles: {cycles} groups of {RANKS} ranks made, broken and dropped in {:.1?}, {} of them over sockets",
+        "cycles: {cycles} groups of {RANKS} ranks made, broken and dropped in {:.1?}, {over_sockets} of them over sockets, {} of these with TLS",
         start.elapsed(),
-        cycles.div_ceil(OVER_SOCKETS)
+        over_sockets - over_sockets.div_ceil(kinds)
     );
     for (what, usage) in [("a tenth", after_some), ("all", usage)] {
         println!(

@@ -14,14 +14,17 @@
 //! makes, breaks and drops groups: descriptors, threads and memory must not grow. `--limits` also
 //! checks time limits (errors within ten milliseconds at p99), and measures the cost of the checks.
 //!
-//! `--processes 100` (feature `cli`), `--nccl 100` (features `cli` and `nccl`; up to eight GPUs)
-//! and `--mpi 100` (feature `mpi`): ranks are processes. One rank panics, returns, fails, exits, is
-//! killed or is stopped. The last three faults may occur at any moment, also during a transfer. The
-//! job must name the right rank and end within a second. If the rank was stopped, the job may take
-//! 1.1 deadlines longer than that.
+//! `--processes 100` and `--tls 100` (feature `cli`), `--nccl 100` (features `cli` and `nccl`; up
+//! to eight GPUs) and `--mpi 100` (feature `mpi`): ranks are processes. One rank panics, returns,
+//! fails, exits, is killed or is stopped. The last three faults may occur at any moment, also
+//! during a transfer. The job must name the right rank and end within a second. If the rank was
+//! stopped, the job may take 1.1 deadlines longer than that.
 
 mod costs;
 mod cycles;
+#[cfg(feature = "tls")]
+#[path = "../keys/mod.rs"]
+mod keys;
 mod mismatch;
 mod processes;
 mod table;
@@ -54,6 +57,9 @@ struct Args {
     /// The number of faults on processes started by `shardwise launch`.
     #[arg(long, default_value_t = 0)]
     processes: u64,
+    /// The number of faults on processes started by `shardwise launch --tls`.
+    #[arg(long, default_value_t = 0)]
+    tls: u64,
     /// The number of faults on processes started by `mpirun`.
     #[arg(long, default_value_t = 0)]
     mpi: u64,
@@ -99,6 +105,9 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     }
     if args.processes > 0 {
         processes::campaign(Launcher::Shardwise, args.processes, args.seed)?;
+    }
+    if args.tls > 0 {
+        processes::campaign(Launcher::Tls, args.tls, args.seed)?;
     }
     if args.nccl > 0 {
         processes::campaign(Launcher::Nccl, args.nccl, args.seed)?;

@@ -1,5 +1,5 @@
-//! Faults of processes: ranks of `shardwise launch` over sockets, or with one GPU each over NCCL;
-//! and ranks of `mpirun`.
+//! Faults of processes: ranks of `shardwise launch` over sockets, with or without TLS, or with one
+//! GPU each over NCCL; and ranks of `mpirun`.
 //!
 //! This program starts itself as the ranks. The lost rank writes the time of its fault to a file.
 //! The bench measures the time from the fault to the end of the job.
@@ -33,6 +33,8 @@ const LIMIT: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Launcher {
     Shardwise,
+    /// As `Shardwise`, with TLS.
+    Tls,
     /// As `Shardwise`, with a group over NCCL.
     Nccl,
     Mpirun,
@@ -110,9 +112,10 @@ fn nccl(_: &Trial, _: &Path) -> Result<()> {
 fn job(launcher: Launcher, ranks: usize, folder: &Path) -> Command {
     let ranks = ranks.to_string();
     let mut command = match launcher {
-        Launcher::Shardwise | Launcher::Nccl => {
+        Launcher::Shardwise | Launcher::Tls | Launcher::Nccl => {
             let mut command = Command::new(option_env!("CARGO_BIN_EXE_shardwise").unwrap_or("shardwise"));
-            command.args(["launch", "-n", &ranks, "--flight"]).arg(folder).arg("--");
+            command.arg("launch").args((launcher == Launcher::Tls).then_some("--tls"));
+            command.args(["-n", &ranks, "--flight"]).arg(folder).arg("--");
             command
         }
         Launcher::Mpirun => {
