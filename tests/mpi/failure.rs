@@ -168,5 +168,9 @@ pub(crate) fn scenario() -> Option<ExitCode> {
             eprint!("{line}");
         })
     });
+    // A policy refuses the job before `role` runs.
+    if let Err(error @ (Error::NotEncrypted { .. } | Error::Invalid { op: "policy", .. })) = &done {
+        eprintln!("error: {error}");
+    }
     Some(if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
