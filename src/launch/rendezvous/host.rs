@@ -9,7 +9,10 @@ use std::{
     collections::VecDeque,
     io::{ErrorKind, Write},
     net::{Shutdown, TcpListener, TcpStream},
-    sync::{Arc, Mutex, Weak},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -28,8 +31,12 @@ struct Board {
     refused: Mutex<(u64, Option<Refusal>)>,
 }
 
-/// A connection that is being examined.
-struct Examined(Arc<TcpStream>);
+/// A connection that is being examined. Its thread holds it until it has reported a refusal.
+struct Examined {
+    tcp: Arc<TcpStream>,
+    /// Set while `Board::admitted` is locked.
+    is_admitted: AtomicBool,
+}
 
 impl Rendezvous {
     /// Rank 0: accepts the connections of all other ranks.
@@ -62,16 +69,19 @@ impl Rendezvous {
                     // here.
                     let _admitted = lock(&board.admitted);
                     let oldest = examined.pop_front().and_then(|connection| connection.upgrade());
-                    oldest.inspect(|oldest| drop(oldest.0.shutdown(Shutdown::Both)));
+                    if let Some(oldest) = oldest.filter(|oldest| !oldest.is_admitted.load(Ordering::Relaxed))
+                    {
+                        let _ = oldest.tcp.shutdown(Shutdown::Both);
+                    }
                 }
-                let connection = Arc::new(Examined(Arc::new(tcp)));
+                let connection =
+                    Arc::new(Examined { tcp: Arc::new(tcp), is_admitted: AtomicBool::new(false) });
                 examined.push_back(Arc::downgrade(&connection));
                 let (this, board) = (self.clone(), Arc::clone(&board));
                 // If the thread cannot be started, the connection is dropped, which closes it.
                 let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
-                    let tcp = Arc::clone(&connection.0);
-                    if let Err(error) = this.examine(connection, &board) {
-                        this.report(&tcp, error, &board);
+                    if let Err(error) = this.examine(&connection, &board) {
+                        this.report(&connection.tcp, error, &board);
                     }
                 });
             }
@@ -112,33 +122,27 @@ impl Rendezvous {
         }
     }
 
-    /// Records why a connection was refused, and sends the reason if the other process expects one
-    /// in plaintext.
+    /// Records that a connection was refused, and gives the other process time to read the reason.
+    /// Sends the reason first if the other process expects one in plaintext.
     fn report(&self, tcp: &Arc<TcpStream>, error: ConnectError, board: &Board) {
-        let reason = match error {
-            ConnectError::Refused(refusal) => Some(refusal),
-            ConnectError::Io(_) => None,
-        };
-        if let Some(reason) = &reason {
-            let peer = tcp.peer_addr().map_or("?".into(), |address| address.to_string());
-            tracing::warn!(target: "shardwise", rank = self.rank, %peer, %reason, "a connection is refused");
-            if matches!(reason, Refusal::Plaintext | Refusal::OtherUser) {
-                let plain = Wire::plain(Arc::clone(tcp));
-                let _ = plain.write_until(&[REFUSED, &[code(reason)]], Instant::now() + PATIENCE);
-            }
-        }
-        {
-            let mut refused = lock(&board.refused);
-            refused.0 += 1;
-            refused.1 = reason.or(refused.1.take());
+        let mut refused = lock(&board.refused);
+        refused.0 += 1;
+        let ConnectError::Refused(reason) = error else { return };
+        refused.1 = Some(reason.clone());
+        drop(refused);
+        let peer = tcp.peer_addr().map_or("?".into(), |address| address.to_string());
+        tracing::warn!(target: "shardwise", rank = self.rank, %peer, %reason, "a connection is refused");
+        if matches!(reason, Refusal::Plaintext | Refusal::OtherUser) {
+            let plain = Wire::plain(Arc::clone(tcp));
+            let _ = plain.write_until(&[REFUSED, &[code(&reason)]], Instant::now() + PATIENCE);
         }
         linger(tcp);
     }
 
     /// Performs the handshake of a connection. Admits the connection if it comes from a rank of
     /// this job that has not connected yet.
-    fn examine(&self, connection: Arc<Examined>, board: &Board) -> Result<(), ConnectError> {
-        let tcp = Arc::clone(&connection.0);
+    fn examine(&self, connection: &Examined, board: &Board) -> Result<(), ConnectError> {
+        let tcp = Arc::clone(&connection.tcp);
         tcp.set_nonblocking(false)?;
         let until = Instant::now() + PATIENCE;
         if self.checks_users() && !user::same_user(&tcp)? {
@@ -186,9 +190,9 @@ impl Rendezvous {
         let proof = self.proof(b"host", &[&binding, visitor, &answer]);
         wire.write_until(&[&answer, &proof], until)?;
         verdict?;
-        // From here on, `host` does not close the connection. If it has closed it before, which it
-        // does under the lock, the write above has failed.
-        drop(connection);
+        // If `host` has closed the connection, which it does under the lock, the write above has
+        // failed. From here on, it does not close it.
+        connection.is_admitted.store(true, Ordering::Relaxed);
         admitted[rank] = Some((wire, self.frames([&nonce, visitor])));
         Ok(())
     }
