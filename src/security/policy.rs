@@ -120,7 +120,7 @@ impl Policy {
         }
         let hint = match (network, address) {
             (None, _) => "use a `Link` over TLS (SHARDWISE_KEY), or encrypt below it (WireGuard, IPsec) and \
-                          name that network"
+                          name that network (trusted-network=ADDRESS/BITS)"
                 .into(),
             (Some(_), None) => "this machine has no address in that network".into(),
             (Some(_), Some(address)) => format!("this machine's address is {address}"),
