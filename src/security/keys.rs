@@ -141,7 +141,7 @@ impl PrivateKey {
     ///
     /// # Errors
     /// When the key is not Ed25519.
-    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>> {
+    pub(super) fn sign(&self, message: &[u8]) -> Result<Vec<u8>> {
         let signer = self.signing.choose_scheme(&[SignatureScheme::ED25519]);
         let signer = signer.ok_or_else(|| Error::invalid("sign", "the owner's key has to be Ed25519"))?;
         signer.sign(message).map_err(|error| Error::invalid("sign", error.to_string()))
@@ -191,7 +191,7 @@ impl PublicKey {
     }
 
     /// Whether `signature` is the Ed25519 signature of `message`.
-    pub fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
+    pub(super) fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
         let algorithms = default_provider().signature_verification_algorithms;
         let known = algorithms.mapping.iter().find(|(scheme, _)| *scheme == SignatureScheme::ED25519);
         let ed25519 = known.and_then(|(_, algorithms)| algorithms.first());
