@@ -203,7 +203,7 @@ pub enum Error {
         after: Duration,
         /// The number of connections that rank 0 refused.
         refused: u64,
-        /// Why rank 0 refused the last one of them.
+        /// Why rank 0 refused one of them: the last reason that it knows.
         last: Option<Refusal>,
     },
     /// A transport would send plaintext between machines, which the job's policy forbids:
@@ -340,7 +340,7 @@ impl Error {
 /// What rank 0 says about the connections that it refused.
 fn refused_text(refused: u64, last: Option<&Refusal>) -> String {
     let last = last.map_or(String::new(), |last| format!(", the last because {last}"));
-    if refused == 0 { String::new() } else { format!("; rank 0 refused {refused} connections{last}") }
+    if refused == 0 { String::new() } else { format!("; connections that rank 0 refused: {refused}{last}") }
 }
 
 /// Returns [`Error::Sizes`] unless the two sizes are equal.

@@ -4,7 +4,7 @@ use super::{Call, ReduceOp, Shards, cause::Cause};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Device},
     error::{Error, Result},
-    security::{Channel, Policy},
+    security::{Channel, Policy, Reach},
     shard::Shape,
 };
 use std::time::Duration;
@@ -64,7 +64,7 @@ pub trait Communicator<B: Device> {
 
     /// How the data of this group travels. The default is plaintext on a network.
     fn channel(&self) -> Channel {
-        Channel::plaintext(false)
+        Channel::plaintext(Reach::Network)
     }
 
     /// Which transports the job may use: NCCL checks it before it connects the ranks of this group.

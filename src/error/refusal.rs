@@ -32,7 +32,7 @@ pub enum Refusal {
     #[error("the key or the certificate is not that of the rank")]
     OtherRank,
     /// The key, the certificate or the membership file has expired.
-    #[error("the key or the membership file has expired")]
+    #[error("the key, the certificate or the membership file has expired")]
     Expired,
     /// One of the processes uses TLS, and the other does not.
     #[error("only one of the two processes uses TLS")]

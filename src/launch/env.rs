@@ -136,14 +136,14 @@ impl Env {
     ///
     /// # Errors
     /// When no launcher has set a rank, when a further variable that is needed is missing, when a
-    /// variable is not a number, or when variables contradict each other. The error names the
-    /// variables.
+    /// variable is not a number, no policy or not UTF-8, or when variables contradict each other.
+    /// The error names the variables.
     pub fn read() -> Result<Self> {
         let wrong = RefCell::new(None);
         let env = Self::of(|name| match std::env::var(name) {
             Ok(value) => Some(value),
             Err(VarError::NotPresent) => None,
-            // A policy that cannot be read is no policy that allows everything.
+            // Without the variable a policy would allow everything, so it is not ignored.
             Err(VarError::NotUnicode(_)) => {
                 *wrong.borrow_mut() = Some(name.to_string());
                 None

@@ -6,19 +6,22 @@
 
 use super::{
     Identity, Membership, PrivateKey, PublicKey,
-    keys::{read_file, unusable},
+    keys::{not_pem, read_file, unusable},
 };
 use crate::error::{Error, Refusal, Result};
 use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, ProtocolVersion, RootCertStore,
-    ServerConfig, ServerConnection, SignatureScheme,
+    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
+    ServerConnection, SignatureScheme,
     client::{
         AlwaysResolvesClientRawPublicKeys, Resumption, WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
         verify_server_name,
     },
     crypto::{CryptoProvider, ring::default_provider, verify_tls13_signature_with_raw_key},
-    pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime, pem::PemObject},
+    pki_types::{
+        CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime,
+        pem::{self, PemObject},
+    },
     server::{
         AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
@@ -68,7 +71,11 @@ impl Credentials {
                 let list = Membership::read(membership, &owner)?;
                 let bad = |reason: String| Err(unusable(membership, reason));
                 if list.job() != job {
-                    return bad(format!("the list is for the job `{}`, but this job is `{job}`", list.job()));
+                    let listed = list.job();
+                    return bad(format!(
+                        "the list is for the job `{listed}`, but this job is `{job}`: the launcher names a job \
+                         (TORCHELASTIC_RUN_ID, SLURM_JOB_ID and others)"
+                    ));
                 }
                 if !list.epochs().contains(&epoch) {
                     let (first, last) = list.epochs().into_inner();
@@ -133,12 +140,8 @@ impl Credentials {
 
     /// The other end of a new connection to rank 0.
     pub(crate) fn connect(&self) -> Result<rustls::Connection, rustls::Error> {
-        // With raw keys nothing reads the name.
-        let name = match &self.ranks {
-            Ranks::Keys(_) => "rank-0".into(),
-            Ranks::Names(_) => self.ranks.name(0),
-        };
-        let name = ServerName::try_from(name).map_err(|error| rustls::Error::General(error.to_string()))?;
+        let name = ServerName::try_from(self.ranks.name(0))
+            .map_err(|error| rustls::Error::General(error.to_string()))?;
         Ok(ClientConnection::new(Arc::clone(&self.client), name)?.into())
     }
 
@@ -149,10 +152,10 @@ impl Credentials {
 }
 
 impl Ranks {
-    /// The DNS name of a rank's certificate; empty with keys.
+    /// The DNS name of a rank's certificate. With keys, a name that nothing reads.
     fn name(&self, rank: usize) -> String {
         match self {
-            Self::Keys(_) => String::new(),
+            Self::Keys(_) => format!("rank-{rank}"),
             Self::Names(name) => name.replace("{rank}", &rank.to_string()),
         }
     }
@@ -173,11 +176,10 @@ impl Ranks {
 
 /// Reads the certificates of a PEM file.
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let bad = |reason: String| unusable(path, reason);
     let text = read_file(path, MAX_BYTES)?;
     let all = CertificateDer::pem_slice_iter(&text).collect::<Result<Vec<_>, _>>();
-    let all = all.map_err(|error| bad(format!("no certificates in PEM: {error:?}")))?;
-    if all.is_empty() { Err(bad("there is no certificate in this file".into())) } else { Ok(all) }
+    let all = all.and_then(|all| if all.is_empty() { Err(pem::Error::NoItemsFound) } else { Ok(all) });
+    all.map_err(|error| not_pem(path, "CERTIFICATE", error))
 }
 
 /// The configurations of TLS with X.509 certificates.
@@ -225,9 +227,9 @@ fn raw_keys(key: &PrivateKey) -> Result<Configurations, rustls::Error> {
     Ok((server, client))
 }
 
-/// Verifies that the other end has the private key of its public key. Whose key it is, and whether
-/// it is allowed, [`Credentials::admit`] checks before either side sends or reads anything else. A
-/// refusal there has a reason that both sides report, which an alert of TLS has not.
+/// Verifies that the other end has the private key of its public key. Whose key it is,
+/// [`Credentials::admit`] checks after the handshake: a refusal then has a reason that both sides
+/// report, which an alert of TLS has not.
 #[derive(Debug)]
 struct RawKeys(Arc<CryptoProvider>);
 
@@ -254,7 +256,7 @@ impl RawKeys {
 
 /// The error of a handshake below TLS 1.3, which the configurations do not allow.
 fn earlier_version() -> rustls::Error {
-    rustls::Error::General(format!("{:?} has no raw public keys", ProtocolVersion::TLSv1_2))
+    rustls::Error::General("TLS 1.2 has no raw public keys".into())
 }
 
 impl ServerCertVerifier for RawKeys {

@@ -47,7 +47,7 @@ pub enum Identity {
 }
 
 impl Identity {
-    /// Reads the environment variables of the table above; none if no one of them is set.
+    /// Reads the environment variables of the table above; none if none of them is set.
     ///
     /// # Errors
     /// When variables of both kinds are set, or only some variables of one kind.

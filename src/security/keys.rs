@@ -5,7 +5,10 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use rustls::{
     SignatureScheme,
     crypto::ring::default_provider,
-    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, SubjectPublicKeyInfoDer, pem::PemObject},
+    pki_types::{
+        PrivateKeyDer, PrivatePkcs8KeyDer, SubjectPublicKeyInfoDer,
+        pem::{self, PemObject},
+    },
     sign::SigningKey,
 };
 use std::{
@@ -27,6 +30,12 @@ const MAX_BYTES: u64 = 1 << 20;
 
 pub(super) fn unusable(path: &Path, reason: impl Into<String>) -> Error {
     Error::Credential { path: path.into(), reason: reason.into() }
+}
+
+/// The error of a file without the section `-----BEGIN {label}-----`.
+pub(super) fn not_pem(path: &Path, label: &str, error: pem::Error) -> Error {
+    let what = label.to_lowercase();
+    unusable(path, format!("no {what} in PEM (`-----BEGIN {label}-----`): {error}"))
 }
 
 /// Reads a file of at most `limit` bytes. The buffer is erased when it is dropped.
@@ -80,20 +89,20 @@ impl PrivateKey {
     /// When the file cannot be read, is no private key in PEM, or every user can access it.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        let der = PrivateKeyDer::from_pem_slice(&read_file(path, MAX_BYTES)?)
+            .map_err(|error| not_pem(path, "PRIVATE KEY", error))?;
+        // After the file has been read, so that a public key is not called a private one.
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
             let mode = fs::metadata(path).map_err(|error| Error::io(path, &error))?.permissions().mode();
             if mode & 0o007 != 0 {
-                return Err(unusable(
-                    path,
-                    format!("every user can access this private key: mode {:03o}", mode & 0o777),
-                ));
+                let mode = mode & 0o777;
+                let reason =
+                    format!("every user can access this private key: mode {mode:03o}; `chmod 600` the file");
+                return Err(unusable(path, reason));
             }
         }
-        let text = read_file(path, MAX_BYTES)?;
-        let der = PrivateKeyDer::from_pem_slice(&text)
-            .map_err(|error| unusable(path, format!("no private key in PEM: {error:?}")))?;
         Self::of(der).map_err(|reason| unusable(path, reason))
     }
 
@@ -118,7 +127,7 @@ impl PrivateKey {
         options.write(true).create_new(true);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let text = Zeroizing::new(pem("PRIVATE KEY", &self.der));
+        let text = Zeroizing::new(to_pem("PRIVATE KEY", &self.der));
         let written = options.open(path).and_then(|mut file| file.write_all(text.as_bytes()));
         written.map_err(|error| Error::io(path, &error))
     }
@@ -132,7 +141,7 @@ impl PrivateKey {
     ///
     /// # Errors
     /// When the key is not Ed25519.
-    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>> {
+    pub(super) fn sign(&self, message: &[u8]) -> Result<Vec<u8>> {
         let signer = self.signing.choose_scheme(&[SignatureScheme::ED25519]);
         let signer = signer.ok_or_else(|| Error::invalid("sign", "the owner's key has to be Ed25519"))?;
         signer.sign(message).map_err(|error| Error::invalid("sign", error.to_string()))
@@ -165,8 +174,8 @@ impl PublicKey {
     /// When the file cannot be read or has no public key.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let der = SubjectPublicKeyInfoDer::from_pem_slice(&read_file(path, MAX_BYTES)?);
-        let der = der.map_err(|error| unusable(path, format!("no public key in PEM: {error:?}")))?;
+        let der = SubjectPublicKeyInfoDer::from_pem_slice(&read_file(path, MAX_BYTES)?)
+            .map_err(|error| not_pem(path, "PUBLIC KEY", error))?;
         Ok(Self(der.to_vec()))
     }
 
@@ -178,11 +187,11 @@ impl PublicKey {
 
     /// The key as PEM.
     pub fn to_pem(&self) -> String {
-        pem("PUBLIC KEY", &self.0)
+        to_pem("PUBLIC KEY", &self.0)
     }
 
     /// Whether `signature` is the Ed25519 signature of `message`.
-    pub fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
+    pub(super) fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
         let algorithms = default_provider().signature_verification_algorithms;
         let known = algorithms.mapping.iter().find(|(scheme, _)| *scheme == SignatureScheme::ED25519);
         let ed25519 = known.and_then(|(_, algorithms)| algorithms.first());
@@ -209,14 +218,14 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-fn pem(kind: &str, der: &[u8]) -> String {
+fn to_pem(label: &str, der: &[u8]) -> String {
     let text = Zeroizing::new(BASE64_STANDARD.encode(der));
-    let mut pem = format!("-----BEGIN {kind}-----\n");
+    let mut pem = format!("-----BEGIN {label}-----\n");
     for line in text.as_bytes().chunks(64) {
         pem.extend(line.iter().map(|&byte| char::from(byte)));
         pem.push('\n');
     }
-    pem + &format!("-----END {kind}-----\n")
+    pem + &format!("-----END {label}-----\n")
 }
 
 #[cfg(test)]
@@ -249,7 +258,7 @@ mod tests {
     fn keys_are_not_printed() {
         let key = PrivateKey::generate().unwrap();
         let secret = BASE64_STANDARD.encode(&key.der[PKCS8.len()..]);
-        let text = pem("PRIVATE KEY", &key.der);
+        let text = to_pem("PRIVATE KEY", &key.der);
         assert!(text.len() > 100, "{text}");
         let shown = format!("{key:?} {:?}", key.public());
         assert!(!shown.contains(&secret[..16]) && shown.contains(&key.public().to_string()), "{shown}");
@@ -274,5 +283,9 @@ mod tests {
         let public = folder.path().join("key.pub");
         fs::write(&public, key.public().to_pem()).unwrap();
         assert_eq!(PublicKey::read(&public).unwrap(), *key.public());
+        // Everybody may read a public key: the error is that it is none that is private.
+        fs::set_permissions(&public, fs::Permissions::from_mode(0o644)).unwrap();
+        let error = PrivateKey::read(&public).unwrap_err().to_string();
+        assert!(error.contains("no private key in PEM"), "{error}");
     }
 }

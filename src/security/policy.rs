@@ -31,11 +31,11 @@ pub struct Channel {
 
 impl Channel {
     /// The memory of one process.
-    pub const MEMORY: Self = Self { reach: Reach::Process, encrypted: false };
+    pub const MEMORY: Self = Self::plaintext(Reach::Process);
 
-    /// A transport between processes that encrypts nothing.
-    pub fn plaintext(one_machine: bool) -> Self {
-        Self { reach: if one_machine { Reach::Machine } else { Reach::Network }, encrypted: false }
+    /// A transport that encrypts nothing.
+    pub const fn plaintext(reach: Reach) -> Self {
+        Self { reach, encrypted: false }
     }
 }
 
@@ -120,7 +120,7 @@ impl Policy {
         }
         let hint = match (network, address) {
             (None, _) => "use a `Link` over TLS (SHARDWISE_KEY), or encrypt below it (WireGuard, IPsec) and \
-                          name that network"
+                          name that network (trusted-network=ADDRESS/BITS)"
                 .into(),
             (Some(_), None) => "this machine has no address in that network".into(),
             (Some(_), Some(address)) => format!("this machine's address is {address}"),
@@ -185,10 +185,10 @@ mod tests {
 
     #[test]
     fn plaintext_between_machines_is_refused() {
-        let network = Channel::plaintext(false);
+        let network = Channel::plaintext(Reach::Network);
         let encrypted = Channel { encrypted: true, ..network };
         let trusted = |text: &str| Policy::TrustedNetwork(text.parse().unwrap());
-        for channel in [Channel::MEMORY, Channel::plaintext(true), encrypted] {
+        for channel in [Channel::MEMORY, Channel::plaintext(Reach::Machine), encrypted] {
             assert_eq!(Policy::RequireEncrypted.admit("NCCL", channel, None), Ok(()));
         }
         assert_eq!(Policy::Any.admit("NCCL", network, None), Ok(()));

@@ -329,7 +329,7 @@ fn a_policy_refuses_nccl_between_machines() {
         for outcome in over(Policy::RequireEncrypted, 1) {
             assert!(matches!(outcome, Err(Error::NotEncrypted { transport: "NCCL", .. })), "{outcome:?}");
         }
-        let plain = |reach| vec![Ok(Channel { reach, encrypted: false }); 2];
+        let plain = |reach| vec![Ok(Channel::plaintext(reach)); 2];
         assert_eq!(over(Policy::RequireEncrypted, 2), plain(Reach::Machine));
         let trusted = Policy::TrustedNetwork("127.0.0.0/8".parse().unwrap());
         assert_eq!(over(trusted, 1), plain(Reach::Network));

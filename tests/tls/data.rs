@@ -176,8 +176,8 @@ fn channels_are_known_and_the_policy_is_kept() {
         assert_eq!(tls(policy, apart), vec![Ok(channel(Reach::Network)); 2]);
         assert_eq!(tls(policy, |env| env), vec![Ok(channel(Reach::Machine)); 2]);
     }
-    assert_eq!(plain(Policy::Any), vec![Ok(Channel::plaintext(false)); 2]);
-    assert_eq!(plain(trusted(loopback)), vec![Ok(Channel::plaintext(false)); 2]);
+    assert_eq!(plain(Policy::Any), vec![Ok(Channel::plaintext(Reach::Network)); 2]);
+    assert_eq!(plain(trusted(loopback)), vec![Ok(Channel::plaintext(Reach::Network)); 2]);
     for policy in [Policy::RequireEncrypted, trusted(network)] {
         for outcome in plain(policy) {
             assert!(matches!(outcome, Err(Error::NotEncrypted { transport: "Link", .. })), "{outcome:?}");

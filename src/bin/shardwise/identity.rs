@@ -1,13 +1,10 @@
-//! The keys of the ranks of `shardwise launch --tls`.
+//! The keys of the ranks of `shardwise launch --tls`, and of benches.
 
 use shardwise::{
     Error, Result,
     security::{Member, Membership, PrivateKey},
 };
-use std::{fs, path::PathBuf, process::Command};
-
-/// The variables of a certificate. A rank cannot have both a listed key and a certificate.
-const CERTIFICATE: [&str; 3] = ["SHARDWISE_CERTIFICATE", "SHARDWISE_AUTHORITY", "SHARDWISE_NAME"];
+use std::{fs, path::PathBuf};
 
 /// A folder with a private key for each rank of one start of a job, and the signed list of their
 /// public keys.
@@ -32,13 +29,13 @@ impl Identities {
         Ok(this)
     }
 
-    /// Gives a rank its identity by environment variables.
-    pub(crate) fn give(&self, rank: usize, command: &mut Command) {
-        command.env("SHARDWISE_KEY", self.key(rank));
-        command.env("SHARDWISE_MEMBERSHIP", self.membership()).env("SHARDWISE_OWNER", self.owner());
-        for variable in CERTIFICATE {
-            command.env_remove(variable);
-        }
+    /// Returns the environment variables of a rank.
+    pub(crate) fn variables(&self, rank: usize) -> [(&'static str, PathBuf); 3] {
+        [
+            ("SHARDWISE_KEY", self.key(rank)),
+            ("SHARDWISE_MEMBERSHIP", self.membership()),
+            ("SHARDWISE_OWNER", self.owner()),
+        ]
     }
 
     fn key(&self, rank: usize) -> PathBuf {

@@ -36,6 +36,8 @@ use std::{
 const LEAVING: Duration = Duration::from_secs(2);
 /// The time between SIGTERM and SIGKILL for the ranks after the launcher has died.
 const ORPHANED: Duration = Duration::from_millis(500);
+/// The variables of a certificate, which a rank with a listed key cannot have.
+const CERTIFICATE: [&str; 3] = ["SHARDWISE_CERTIFICATE", "SHARDWISE_AUTHORITY", "SHARDWISE_NAME"];
 
 enum Event {
     Signal(i32),
@@ -439,7 +441,10 @@ fn start(
         command.envs([("SHARDWISE_TOKEN", token.as_str()), ("TORCHELASTIC_RUN_ID", id)]);
         command.envs(ranks.folder.iter().map(|folder| ("SHARDWISE_FLIGHT_DIR", folder)));
         if let Some(identities) = identities {
-            identities.give(rank, &mut command);
+            command.envs(identities.variables(rank));
+            for variable in CERTIFICATE {
+                command.env_remove(variable);
+            }
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.process_group(0).spawn()?;

@@ -415,6 +415,7 @@ impl Drop for Connections {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::security::Reach;
     use hmac::KeyInit;
     use std::net::{TcpListener, TcpStream};
 
@@ -426,7 +427,7 @@ mod tests {
         let (here, _) = listener.accept().unwrap();
         let nonces = Keyed::new_from_slice(b"token and nonces").unwrap();
         let wire = |tcp: TcpStream| Some((Wire::plain(tcp.into()), Some(nonces.clone())));
-        let kind = (Channel::plaintext(true), Policy::Any);
+        let kind = (Channel::plaintext(Reach::Machine), Policy::Any);
         let connections = |rank, peers| Connections::new(rank, Duration::from_secs(60), kind, peers).unwrap();
         let first = connections(0, vec![None, wire(here)]);
         let second = connections(1, vec![wire(there), None]);

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     comm::call::never_received,
     error::{Error, LostReason},
-    security::{Channel, Policy},
+    security::{Channel, Policy, Reach},
 };
 use std::{
     cell::RefCell,
@@ -94,7 +94,7 @@ impl Engine {
         let state = RefCell::new(State { blocks: 1, ..State::default() });
         // The lower bound lets the message by which a rank leaves fit into one fragment.
         let fragment_limit = fragment_limit.clamp(512, i32::MAX as usize);
-        let (channel, policy) = (Channel::plaintext(false), Policy::Any);
+        let (channel, policy) = (Channel::plaintext(Reach::Network), Policy::Any);
         Self { comm, deadline, channel, policy, fragment_limit, last_tag, state }
     }
 

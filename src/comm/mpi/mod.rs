@@ -17,7 +17,7 @@ use super::{
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, each_dtype},
     error::{Error, LostReason, Mismatch, Result},
-    security::{Channel, Policy},
+    security::{Channel, Policy, Reach},
 };
 use ::mpi::{Threading, environment};
 use engine::{Engine, MESSAGE};
@@ -67,7 +67,9 @@ impl Universe {
         }
         let mpi = environment::initialize_with_threading(Threading::Funneled).map(|(universe, _)| universe);
         let mut engine = Engine::new(deadline, message_limit.div_ceil(8));
-        engine.channel = Channel::plaintext(engine.size() == 1 || one_machine());
+        if engine.size() == 1 || one_machine() {
+            engine.channel = Channel::plaintext(Reach::Machine);
+        }
         engine.policy = policy;
         let engine = Rc::new(engine);
         let (rank, ranks) = (engine.rank(), (0..engine.size()).collect());

@@ -25,7 +25,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
 
     /// NCCL encrypts nothing.
     fn channel(&self) -> Channel {
-        Channel { encrypted: false, ..self.control.channel() }
+        Channel::plaintext(self.control.channel().reach)
     }
 
     fn policy(&self) -> Policy {

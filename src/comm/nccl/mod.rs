@@ -121,7 +121,7 @@ pub struct Nccl<B: NcclDevice> {
 impl<B: NcclDevice> Nccl<B> {
     /// Creates the NCCL communicator of the control group's ranks.
     fn join(control: Rc<dyn Communicator<Cpu>>, call: &Call, device: &B, options: Options) -> Result<Self> {
-        let channel = Channel { encrypted: false, ..control.channel() };
+        let channel = Channel::plaintext(control.channel().reach);
         control.policy().admit("NCCL", channel, None)?;
         // The id travels as f16 values, because a broadcast copies their bits unchanged.
         let mut id = [f16::ZERO; 64];

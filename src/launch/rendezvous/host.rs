@@ -26,8 +26,7 @@ const TLS_HANDSHAKE: u8 = 22;
 struct Board {
     /// The admitted connections, by rank. Empty after all ranks have connected.
     admitted: Mutex<Vec<Option<Peer>>>,
-    /// The number of refused connections, and why the last one was refused that came from a process
-    /// of this crate.
+    /// The number of refused connections, and the last reason that is known.
     refused: Mutex<(u64, Option<Refusal>)>,
 }
 

@@ -12,8 +12,8 @@
 //! The hashes are those of the job's name and of the membership file. A proof is the HMAC-SHA-256
 //! of the other side's nonce and the sender's message, with the shared token as key. Over TLS it
 //! also covers 32 bytes that are exported from the session, so it proves nothing on another
-//! connection. So nobody without the token can imitate either side, and nobody can replay a
-//! recorded handshake. Frames are later authenticated with the token and both nonces, or by TLS,
+//! connection. Nobody without the token can imitate either side, and nobody can replay a recorded
+//! handshake. Frames are later authenticated with the token and both nonces, or by TLS,
 //! which also encrypts them. Without a token and TLS, rank 0 listens on loopback only, and both
 //! sides check that the other one belongs to the same user.
 //!
