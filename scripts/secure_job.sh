@@ -39,9 +39,9 @@ refused() {
     echo "refused: $(head -n 1 said | cut -c 1-150)"
 }
 job=(SHARDWISE_MEMBERSHIP=membership.json SHARDWISE_OWNER=owner.pub WORLD_SIZE=4 LOCAL_WORLD_SIZE=1 LOCAL_RANK=0
-    MASTER_ADDR=localhost MASTER_PORT=29500 TORCHELASTIC_RUN_ID=train-7)
+    MASTER_ADDR=localhost MASTER_PORT=29500 SHARDWISE_JOB=train-7)
 refused 'cannot be used for rank 3' "${job[@]}" RANK=3 SHARDWISE_KEY=rank2.pem
-refused 'this job is `train-8`' "${job[@]}" RANK=3 SHARDWISE_KEY=rank3.pem TORCHELASTIC_RUN_ID=train-8
+refused 'this job is `train-8`' "${job[@]}" RANK=3 SHARDWISE_KEY=rank3.pem SHARDWISE_JOB=train-8
 refused 'sends plaintext between machines' "${job[@]}" RANK=3 SHARDWISE_POLICY=require-encrypted SHARDWISE_TOKEN=t \
     SHARDWISE_MEMBERSHIP= SHARDWISE_OWNER= SHARDWISE_KEY=
 sed -i 's/"rank": 3/"rank": 7/' membership.json

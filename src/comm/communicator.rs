@@ -68,8 +68,10 @@ pub trait Communicator<B: Device> {
     }
 
     /// Which transports the job may use: NCCL checks it before it connects the ranks of this group.
+    /// The default is the policy of this process's environment, and the strictest if that cannot be
+    /// read.
     fn policy(&self) -> Policy {
-        Policy::Any
+        Policy::read().unwrap_or(Policy::RequireEncrypted)
     }
 
     /// Returns the failure that prevents `call`, if there is one, without waiting. A rank that left

@@ -28,6 +28,8 @@ const OP: &str = "launch";
 /// The process uses the variables of the first launcher in the table whose rank is set. With Open
 /// MPI, MPICH and Intel MPI, the epoch is `SHARDWISE_EPOCH`, or 0 if that is not set.
 ///
+/// `SHARDWISE_JOB`, if it is set, is the job's name in place of the launcher's.
+///
 /// * Address: if all ranks are on this machine, they use 127.0.0.1. Otherwise `MASTER_ADDR` is the
 ///   host of rank 0: a name, an IPv4 address, or an IPv6 address with or without brackets.
 /// * Port: rank 0 listens on `SHARDWISE_PORT`. If that is not set, rank 0 listens on the port after
@@ -218,6 +220,7 @@ impl Env {
         };
         let job: Vec<_> = launcher.job.iter().filter_map(|name| text(name)).collect();
         let job = if job.is_empty() { "job".to_string() } else { job.join(".") };
+        let job = text("SHARDWISE_JOB").unwrap_or(job);
         let port = match (number("SHARDWISE_PORT")?, number("MASTER_PORT")?) {
             (Some(port), _) => port,
             (None, Some(65535)) => 65534,

@@ -134,6 +134,9 @@ fn launchers_are_understood() {
         assert_eq!(slurm.unwrap().local_world, here, "{nodes} nodes");
     }
     assert_eq!(env(&[("RANK", "0"), ("WORLD_SIZE", "1")]).unwrap().local_world, 1);
+    let named =
+        [("RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RUN_ID", "run"), ("SHARDWISE_JOB", "train-7")];
+    assert_eq!(env(&named).unwrap().job, "train-7");
 }
 
 #[test]

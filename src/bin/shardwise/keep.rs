@@ -439,6 +439,8 @@ fn start(
         command.envs([("MASTER_ADDR", "127.0.0.1"), ("TORCHELASTIC_RESTART_COUNT", "0")]);
         command.envs([("MASTER_PORT", master.to_string()), ("SHARDWISE_PORT", port.to_string())]);
         command.envs([("SHARDWISE_TOKEN", token.as_str()), ("TORCHELASTIC_RUN_ID", id)]);
+        // The keeper finds the ranks' records by the job's name.
+        command.env_remove("SHARDWISE_JOB");
         command.envs(ranks.folder.iter().map(|folder| ("SHARDWISE_FLIGHT_DIR", folder)));
         if let Some(identities) = identities {
             command.envs(identities.variables(rank));
