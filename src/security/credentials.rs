@@ -72,9 +72,9 @@ impl Credentials {
                 let bad = |reason: String| Err(unusable(membership, reason));
                 if list.job() != job {
                     let listed = list.job();
+                    let named = "SHARDWISE_JOB names it, or else the launcher";
                     return bad(format!(
-                        "the list is for the job `{listed}`, but this job is `{job}`: the launcher names a job \
-                         (TORCHELASTIC_RUN_ID, SLURM_JOB_ID and others)"
+                        "the list is for the job `{listed}`, but this job is `{job}`: {named}"
                     ));
                 }
                 if !list.epochs().contains(&epoch) {

@@ -182,16 +182,14 @@ impl PublicKey {
     /// Parses the text of a public key.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let der = BASE64_STANDARD.decode(text).ok()?;
-        // Every encoding of a public key is a DER sequence, and has its length.
-        let rest = match der[..] {
-            [0x30, length @ ..0x80, ..] => der.len().checked_sub(2)? == length.into(),
-            [0x30, 0x81, length, ..] => der.len().checked_sub(3)? == length.into(),
-            [0x30, 0x82, high, low, ..] => {
-                der.len().checked_sub(4)? == u16::from_be_bytes([high, low]).into()
-            }
-            _ => false,
+        // Every encoding of a public key is a DER sequence. It begins with its length.
+        let (head, length) = match der[..] {
+            [0x30, length @ ..0x80, ..] => (2, usize::from(length)),
+            [0x30, 0x81, length, ..] => (3, usize::from(length)),
+            [0x30, 0x82, high, low, ..] => (4, usize::from(u16::from_be_bytes([high, low]))),
+            _ => return None,
         };
-        rest.then_some(Self(der))
+        (der.len() == head + length).then_some(Self(der))
     }
 
     /// The key as PEM.

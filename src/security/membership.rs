@@ -339,7 +339,7 @@ mod tests {
         let parsed = |from: &str, to: &str| Membership::parse(text.replace(from, to)).unwrap_err();
         assert!(parsed("\"version\": 1", "\"version\": 2").contains("version 2"));
         assert!(parsed("\"job\"", "\"jobs\"").contains("jobs"));
-        for wrong in ["", "MCox", "MCowMCow"] {
+        for wrong in ["", "MCsw", "MCowMCow"] {
             assert!(parsed("MCow", wrong).contains("is no public key"), "{wrong}");
         }
         assert!(parsed("\"job\"", "\"not_after\": \"tomorrow\", \"job\"").contains("tomorrow"));

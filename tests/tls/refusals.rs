@@ -268,8 +268,8 @@ fn clients_without_a_key_are_refused() {
     assert!(reason.contains("ertificate"), "{reason}");
 }
 
-/// The first message of a TLS 1.2 client: version, 32 random bytes, no session, two cipher suites, no
-/// compression; the extensions are the curve x25519 and the signatures Ed25519 and ECDSA.
+/// The first message of a TLS 1.2 client: version, 32 random bytes, no session, two cipher suites,
+/// no compression; the extensions are the curve x25519 and the signatures Ed25519 and ECDSA.
 #[test]
 fn earlier_versions_of_tls_are_refused() {
     let hello = [

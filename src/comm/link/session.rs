@@ -58,8 +58,8 @@ impl Session {
         mut connection: Connection,
         until: Instant,
     ) -> Result<Self, ConnectError> {
-        // The client's last message of the handshake is followed by its hello: without this option the
-        // hello would wait for the acknowledgement, which Linux delays by 40 ms.
+        // The client's last message of the handshake is followed by its hello: without this option
+        // the hello would wait for the acknowledgement, which Linux delays by 40 ms.
         tcp.set_nodelay(true)?;
         let mut buffer = vec![0; CHUNK];
         let made = shake_hands(tcp, &mut connection, &mut buffer, until);
@@ -390,7 +390,8 @@ mod tests {
 
     #[test]
     fn records_that_were_changed_repeated_or_left_out_are_refused() {
-        // After a record is refused, so is a later one that was not changed. Only `before` may be read.
+        // After a record is refused, so is a later one that was not changed. Only `before` may be
+        // read.
         let refused = |ends: ((End, TcpStream), (TcpStream, End)), before: &[u8], why: &str| {
             let (((here, near), (mut far, there)), mut came) = (ends, Vec::new());
             for _ in 0..2 {
@@ -400,7 +401,8 @@ mod tests {
             }
             assert!(came.is_empty() || came == before, "{why}: {came:?}");
         };
-        // The type, the version, the length, and the first and last encrypted byte and byte of the tag.
+        // The type, the version, the length, and the first and last encrypted byte and byte of the
+        // tag.
         for at in [0, 1, 4, 5, 1005, 1006, 1021] {
             let ((here, near), (mut far, there)) = relayed();
             let mut changed = record(&here, &near, 7);

@@ -68,8 +68,8 @@ impl Wire {
         Ok(())
     }
 
-    /// Writes the parts at once. They fit into the buffers of a new connection, so the limit of each
-    /// system call is the limit of the whole call.
+    /// Writes the parts at once. They fit into the buffers of a new connection, so the limit of
+    /// each system call is the limit of the whole call.
     pub(crate) fn write_until(&self, parts: &[&[u8]], until: Instant) -> io::Result<()> {
         self.tcp.set_write_timeout(Some(remaining(until)?))?;
         (&mut &*self).write_all(&parts.concat())
