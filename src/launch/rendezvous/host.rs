@@ -69,8 +69,9 @@ impl Rendezvous {
                 let (this, board) = (self.clone(), Arc::clone(&board));
                 // If the thread cannot be started, the connection is dropped, which closes it.
                 let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
-                    let tcp = Arc::clone(&connection.0);
-                    if let Err(error) = this.examine(connection, &board) {
+                    let (tcp, mut connection) = (Arc::clone(&connection.0), Some(connection));
+                    if let Err(error) = this.examine(&mut connection, Arc::clone(&tcp), &board) {
+                        // `connection` exists until here, so a refused one counts until it is closed.
                         this.report(&tcp, error, &board);
                     }
                 });
@@ -136,9 +137,13 @@ impl Rendezvous {
     }
 
     /// Performs the handshake of a connection. Admits the connection if it comes from a rank of
-    /// this job that has not connected yet.
-    fn examine(&self, connection: Arc<Examined>, board: &Board) -> Result<(), ConnectError> {
-        let tcp = Arc::clone(&connection.0);
+    /// this job that has not connected yet, and then takes it out of `connection`.
+    fn examine(
+        &self,
+        connection: &mut Option<Arc<Examined>>,
+        tcp: Arc<TcpStream>,
+        board: &Board,
+    ) -> Result<(), ConnectError> {
         tcp.set_nonblocking(false)?;
         let until = Instant::now() + PATIENCE;
         if self.checks_users() && !user::same_user(&tcp)? {
@@ -188,13 +193,17 @@ impl Rendezvous {
         verdict?;
         // From here on, `host` does not close the connection. If it has closed it before, which it
         // does under the lock, the write above has failed.
-        drop(connection);
+        *connection = None;
         admitted[rank] = Some((wire, self.frames([&nonce, visitor])));
         Ok(())
     }
 
     /// Compares a hello with this rank's job, and the key of the connection with the rank's.
     fn verdict(&self, wire: &Wire, hello: &[u8; HELLO]) -> Result<(), Refusal> {
+        // The key comes first: who is not a rank is not told whether the rest is right.
+        if let Some(secure) = &self.secure {
+            secure.admit(wire, number(hello, 0))?;
+        }
         if hello[24..56] != self.job {
             return Err(Refusal::OtherJob);
         }
@@ -203,9 +212,6 @@ impl Rendezvous {
         }
         if number(hello, 8) != self.world {
             return Err(Refusal::OtherWorld);
-        }
-        if let Some(secure) = &self.secure {
-            secure.admit(wire, number(hello, 0))?;
         }
         if hello[56..88] != self.membership() { Err(Refusal::OtherMembership) } else { Ok(()) }
     }
