@@ -194,7 +194,7 @@ fn refused_connections_take_few_threads() {
     let most = std::sync::atomic::AtomicUsize::new(0);
     disturbed(&Job::new(3), |port| {
         let mut streams = Vec::new();
-        for number in 0..900 {
+        for number in 0..400 {
             let mut stream = connect(port);
             let _ = stream.write_all(b"GET / HTTP/1.1\r\n\r\n");
             streams.push(stream);

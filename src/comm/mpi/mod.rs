@@ -66,9 +66,10 @@ impl Universe {
             return Err(Error::invalid(OP, "MPI was finalized in this process, and cannot start again"));
         }
         let mpi = environment::initialize_with_threading(Threading::Funneled).map(|(universe, _)| universe);
-        let engine = Engine::new(deadline, message_limit.div_ceil(8));
-        let channel = Channel::plaintext(engine.size() == 1 || one_machine(engine.size()));
-        let engine = Rc::new(Engine { channel, policy, ..engine });
+        let mut engine = Engine::new(deadline, message_limit.div_ceil(8));
+        engine.channel = Channel::plaintext(engine.size() == 1 || one_machine(engine.size()));
+        engine.policy = policy;
+        let engine = Rc::new(engine);
         let (rank, ranks) = (engine.rank(), (0..engine.size()).collect());
         let members = Members::new(&engine, "world".into(), ranks, rank, 0);
         Ok(Self { world: MpiComm { engine, members }, _mpi: mpi })
