@@ -168,5 +168,9 @@ pub(crate) fn scenario() -> Option<ExitCode> {
             eprint!("{line}");
         })
     });
+    if let Err(error @ (Error::NotEncrypted { .. } | Error::Invalid { op: "policy", .. })) = &done {
+        let line = format!("error: {error}\n");
+        eprint!("{line}");
+    }
     Some(if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
