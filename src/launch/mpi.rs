@@ -84,7 +84,9 @@ impl Mpi {
     /// as usual with MPI.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let policy = self.policy.map_or_else(Policy::read, Ok)?;
-        let one_machine = || Env::read().is_ok_and(|env| env.local_world >= env.world);
+        // The variables may be those of another launcher, whose job has another number of ranks.
+        let one_machine =
+            |size| Env::read().is_ok_and(|env| env.world == size && env.local_world >= env.world);
         let universe = Universe::start(self.deadline, self.message_limit, policy, one_machine)?;
         let comm = universe.world();
         // The job's name from the launcher, or else a constant, because all processes need the same

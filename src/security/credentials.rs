@@ -35,6 +35,8 @@ use std::{path::Path, sync::Arc, time::SystemTime};
 const MAX_BYTES: u64 = 1 << 20;
 /// The application protocol, so that no other protocol's TLS connection is taken for one of these.
 const PROTOCOL: &[u8] = b"shardwise";
+/// A label of a DNS name that no certificate of a rank has.
+const NO_RANK: &str = "not-the-name-of-a-rank";
 
 /// A process's key, as TLS configurations, and the keys or names of the other ranks.
 #[derive(Clone, Debug)]
@@ -94,6 +96,13 @@ impl Credentials {
                 if !name.contains("{rank}") || !name.contains("{job}") {
                     let reason = format!(
                         "the name `{name}` needs {{rank}} and {{job}}, so that no certificate is valid for another rank or job"
+                    );
+                    return Err(Error::invalid("identity", reason));
+                }
+                if !separates_rank(name) {
+                    let reason = format!(
+                        "in the name `{name}`, {{rank}} must not be next to {{job}} or a digit: rank 2 of the job `a1` \
+                         could have the name of rank 12 of `a`"
                     );
                     return Err(Error::invalid("identity", reason));
                 }
@@ -168,10 +177,23 @@ impl Ranks {
             Self::Names(_) => {
                 let name = ServerName::try_from(self.name(rank)).map_err(|_| Refusal::OtherRank)?;
                 let parsed = ParsedCertificate::try_from(first).map_err(|_| Refusal::UnknownKey)?;
-                verify_server_name(&parsed, &name).map_err(|_| Refusal::OtherRank)
+                verify_server_name(&parsed, &name).map_err(|_| Refusal::OtherRank)?;
+                // A wildcard stands for the first label of a name, so it would be every rank's.
+                let others = name.to_str();
+                let others = others.split_once('.').map(|(_, rest)| format!("{NO_RANK}.{rest}"));
+                let others = others.and_then(|others| ServerName::try_from(others).ok());
+                let is_wild = others.is_some_and(|others| verify_server_name(&parsed, &others).is_ok());
+                if is_wild { Err(Refusal::OtherRank) } else { Ok(()) }
             }
         }
     }
+}
+
+/// Whether no other part of a name can be read as a digit of the rank.
+fn separates_rank(name: &str) -> bool {
+    let joins = |near: Option<char>| near.is_some_and(|near| near.is_ascii_digit() || "{}".contains(near));
+    let parts: Vec<_> = name.split("{rank}").collect();
+    parts.windows(2).all(|pair| !joins(pair[0].chars().next_back()) && !joins(pair[1].chars().next()))
 }
 
 /// Reads the certificates of a PEM file.

@@ -184,7 +184,7 @@ impl PublicKey {
         let der = BASE64_STANDARD.decode(text).ok()?;
         // Every encoding of a public key is a DER sequence. It begins with its length.
         let (head, length) = match der[..] {
-            [0x30, length @ ..0x80, ..] => (2, usize::from(length)),
+            [0x30, length @ ..=0x7f, ..] => (2, usize::from(length)),
             [0x30, 0x81, length, ..] => (3, usize::from(length)),
             [0x30, 0x82, high, low, ..] => (4, usize::from(u16::from_be_bytes([high, low]))),
             _ => return None,

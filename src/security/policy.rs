@@ -100,8 +100,8 @@ impl Policy {
         }
     }
 
-    /// Returns [`Error::NotEncrypted`] if the policy forbids a transport. `address` is this
-    /// machine's address on the transport, if it is known.
+    /// Returns [`Error::NotEncrypted`] if the policy forbids a transport. `address` is an
+    /// address on the transport, if it is known.
     pub(crate) fn admit(
         &self,
         transport: &'static str,
@@ -123,7 +123,7 @@ impl Policy {
                           name that network (trusted-network=ADDRESS/BITS)"
                 .into(),
             (Some(_), None) => "this machine has no address in that network".into(),
-            (Some(_), Some(address)) => format!("this machine's address is {address}"),
+            (Some(_), Some(address)) => format!("the address {address} is not in that network"),
         };
         Err(Error::NotEncrypted { transport, policy: self.to_string(), hint })
     }

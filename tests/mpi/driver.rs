@@ -59,6 +59,10 @@ fn policy() {
         let words = format!("MPI sends plaintext between machines, but the policy is `{policy}`");
         assert!(text(&apart).contains(&words), "{}", text(&apart));
     }
+    // Variables of a job of one rank, by another launcher, say nothing about this job.
+    let variables = [none, ("SHARDWISE_POLICY", "require-encrypted")];
+    let other = mpirun_by(2, &["env", "RANK=0", "WORLD_SIZE=1"], &variables).output().unwrap();
+    assert!(!other.status.success() && text(&other).contains("MPI sends plaintext"), "{}", text(&other));
     let trusted = [none, ("SHARDWISE_POLICY", "trusted-network=127.0.0.0/8")];
     let apart = mpirun_by(2, &["env", "OMPI_COMM_WORLD_LOCAL_SIZE=1"], &trusted);
     assert!({ apart }.status().unwrap().success());

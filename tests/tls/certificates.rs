@@ -129,6 +129,36 @@ fn certificates_of_others_are_refused() {
     );
 }
 
+/// A certificate with a wildcard would be that of every rank.
+#[test]
+fn certificates_with_wildcards_are_refused() {
+    let authority = Authority::new();
+    authority.certificate("any", &["*.job.example"], |_| ());
+    authority.certificate("both", &["rank-1.job.example", "*.job.example"], |_| ());
+    for (rank, file) in [(0, "any"), (1, "any"), (1, "both")] {
+        let error = authority.env(rank, 2, file).run(Duration::from_millis(300), |_| Ok(())).unwrap_err();
+        assert!(
+            matches!(&error, Error::Credential { reason, .. } if reason.contains("not that of the rank")),
+            "{error}"
+        );
+    }
+}
+
+/// With such a name, the certificate of rank 2 of the job `a1` would be that of rank 12 of `a`.
+#[test]
+fn names_that_mix_rank_and_job_are_refused() {
+    let authority = Authority::new();
+    authority.certificate("rank0", &["job0.example", "0job.example", "job00.example"], |_| ());
+    for template in ["{job}{rank}.example", "{rank}{job}.example", "{job}0{rank}.example"] {
+        let mut env = authority.env(0, 2, "rank0");
+        if let Some(Identity::Certificate { name, .. }) = &mut env.identity {
+            *name = template.into();
+        }
+        let error = env.run(Duration::from_millis(300), |_| Ok(())).unwrap_err();
+        assert!(matches!(&error, Error::Invalid { .. }) && error.to_string().contains(template), "{error}");
+    }
+}
+
 #[test]
 fn a_certificate_that_is_not_the_ranks_is_refused_before_anything_is_sent() {
     let authority = Authority::new();

@@ -17,7 +17,7 @@ use shardwise::{
 use std::{
     fs,
     io::{Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime},
@@ -97,6 +97,14 @@ fn another_job_and_another_world_are_refused() {
     both(job.env(0), with!(job.env(1), world = 3), Refusal::OtherWorld);
     // All keys are unknown to each other.
     both(job.env(0), with!(other.env(1), port = job.port), Refusal::UnknownKey);
+    // A process with an unknown key does not learn whether the rest is right.
+    let list = other.list("host.json", |members| members[0].key = job.keys[0].public().clone());
+    let visitor = |world, epoch| {
+        let identity = other.identity("rank1.pem", &list);
+        with!(other.env(1), port = job.port, world = world, epoch = epoch, identity = identity)
+    };
+    both(job.env(0), visitor(3, 0), Refusal::UnknownKey);
+    both(job.env(0), visitor(2, 1), Refusal::UnknownKey);
 }
 
 #[test]
@@ -153,6 +161,51 @@ fn intruders_do_not_harm_the_other_ranks() {
             assert!(answer.len() < 64, "{} bytes", answer.len());
         }
     });
+}
+
+/// Who listens on rank 0's port before it does is not authenticated, so its refusal is not final.
+#[test]
+fn a_refusal_of_a_process_that_is_not_rank_0_is_not_final() {
+    let port = crate::job::free_port();
+    let rank = |rank| with!(env(rank, 2, port), token = "secret".into());
+    let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+    thread::scope(|scope| {
+        let visitor = rank(1);
+        let visitor = scope.spawn(move || visitor.run(DEADLINE, |group| group.barrier()));
+        let (mut stream, _) = listener.accept().unwrap();
+        // The number of ranks differs: another attempt would have the same result.
+        stream.write_all(b"SHWREFUS\x04").unwrap();
+        let _ = stream.read_to_end(&mut Vec::new());
+        drop((listener, stream));
+        assert_eq!(rank(0).run(Duration::from_secs(5), |group| group.barrier()), Ok(()));
+        assert_eq!(visitor.join().unwrap(), Ok(()));
+    });
+}
+
+/// A connection takes a thread until it is closed, also while it is refused.
+#[cfg(target_os = "linux")]
+#[test]
+fn refused_connections_take_few_threads() {
+    let threads = || {
+        let tasks = fs::read_dir("/proc/self/task").unwrap().flatten();
+        let names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+        names.filter(|name| name.trim() == "rendezvous").count()
+    };
+    let most = std::sync::atomic::AtomicUsize::new(0);
+    disturbed(&Job::new(3), |port| {
+        let mut streams = Vec::new();
+        for number in 0..400 {
+            let mut stream = connect(port);
+            let _ = stream.write_all(b"GET / HTTP/1.1\r\n\r\n");
+            streams.push(stream);
+            if number % 20 == 0 {
+                most.fetch_max(threads(), std::sync::atomic::Ordering::SeqCst);
+            }
+        }
+    });
+    // Other tests of this program have connections, too.
+    let most = most.into_inner();
+    assert!((20..150).contains(&most), "{most} threads");
 }
 
 /// Sends again what a rank has sent when it joined an earlier start of the job.

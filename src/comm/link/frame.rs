@@ -10,6 +10,7 @@ use crate::error::{LostReason, Mismatch};
 use hmac::{Hmac, Mac};
 use sha2::{Digest, Sha256};
 use std::{
+    fmt,
     io::{self, ErrorKind, Read, Write},
     ops::Deref,
     sync::{Arc, OnceLock},
@@ -75,8 +76,9 @@ impl Kind {
     ];
 }
 
-/// The bytes of a body, and their hash. Frames to several ranks share them.
-#[derive(Clone, Debug, Default)]
+/// The bytes of a body, and their hash. Frames to several ranks share them. `Debug` shows only
+/// their number, because they may be a tensor's.
+#[derive(Clone, Default)]
 pub(super) struct Body(Arc<(Vec<u8>, OnceLock<[u8; 32]>)>);
 
 impl Body {
@@ -88,6 +90,12 @@ impl Body {
 impl From<Vec<u8>> for Body {
     fn from(bytes: Vec<u8>) -> Self {
         Self(Arc::new((bytes, OnceLock::new())))
+    }
+}
+
+impl fmt::Debug for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Body({} bytes)", self.len())
     }
 }
 

@@ -42,6 +42,9 @@ struct Waiting {
     ranks_and_call: Body,
 }
 
+/// The id of the group of all ranks.
+pub(super) const WORLD: u64 = 0;
+
 /// Frames, each with its destination rank.
 pub(super) type Deliveries = Vec<(usize, Frame)>;
 
@@ -80,12 +83,18 @@ impl Hub {
         if size > self.world || group_rank >= size {
             return None;
         }
+        // In the world, group ranks are the ranks. Of other groups, rank 0 does not know the
+        // members.
+        if group == WORLD && (group_rank, size) != (from, self.world) {
+            return None;
+        }
         if self.broken.contains(&group) {
             return Some(Vec::new());
         }
         let key = (group, frame.round);
         let round = self.rounds.entry(key).or_insert_with(|| vec![None; size]);
-        if round.len() != size {
+        // A rank sends its input once. Another rank must not replace it.
+        if round.len() != size || round[group_rank].is_some() {
             return None;
         }
         round[group_rank] = Some((from, frame.body));
@@ -262,6 +271,20 @@ mod tests {
             let text = format!("{frame:?}");
             assert!(hub.take(2, frame).is_none(), "{text}");
         }
+    }
+
+    /// A rank cannot replace another rank's input.
+    #[test]
+    fn inputs_of_other_ranks_are_known() {
+        let mut hub = Hub::new(3);
+        assert!(hub.take(1, input(0, 1, 3)).is_some());
+        for from in [1, 2] {
+            assert!(hub.take(from, input(0, 1, 3)).is_none(), "again, from rank {from}");
+        }
+        // In the world, group ranks are the ranks.
+        assert!(hub.take(2, Frame { group: WORLD, ..input(0, 1, 3) }).is_none());
+        assert!(hub.take(2, Frame { group: WORLD, ..input(0, 1, 2) }).is_none());
+        assert!(hub.take(2, Frame { group: WORLD, ..input(0, 2, 3) }).is_some());
     }
 
     /// The frame that reaches rank 0 first decides, so all ranks get the same outcome.

@@ -33,6 +33,7 @@ use crate::{
 };
 use connections::Transport;
 use frame::{Frame, Kind, Numbers, Strings, from_numbers};
+use hub::WORLD;
 use inbox::Inbox;
 use std::{
     cell::{Cell, RefCell},
@@ -74,7 +75,7 @@ impl Link {
     pub(crate) fn world(connections: &Connections) -> Self {
         let transport = connections.transport();
         let (members, rank) = ((0..transport.world).collect(), transport.rank);
-        Self::new(transport, 0, "world".into(), members, rank)
+        Self::new(transport, WORLD, "world".into(), members, rank)
     }
 
     fn new(transport: Arc<Transport>, group: u64, name: String, members: Vec<usize>, rank: usize) -> Self {

@@ -53,13 +53,13 @@ pub(crate) struct Universe {
 
 impl Universe {
     /// Initializes MPI, unless the program has done so. Every process passes the same
-    /// `message_limit`, in bytes. `one_machine` decides whether a job of several ranks is on one
-    /// machine.
+    /// `message_limit`, in bytes. `one_machine` decides whether a job of several ranks, of
+    /// that number, is on one machine.
     pub(crate) fn start(
         deadline: Duration,
         message_limit: usize,
         policy: Policy,
-        one_machine: impl FnOnce() -> bool,
+        one_machine: impl FnOnce(usize) -> bool,
     ) -> Result<Self> {
         const OP: &str = "launch";
         if environment::is_finalized() {
@@ -67,7 +67,7 @@ impl Universe {
         }
         let mpi = environment::initialize_with_threading(Threading::Funneled).map(|(universe, _)| universe);
         let mut engine = Engine::new(deadline, message_limit.div_ceil(8));
-        if engine.size() == 1 || one_machine() {
+        if engine.size() == 1 || one_machine(engine.size()) {
             engine.channel = Channel::plaintext(Reach::Machine);
         }
         engine.policy = policy;

@@ -198,6 +198,11 @@ impl Rendezvous {
 
     /// Compares a hello with this rank's job, and the key of the connection with the rank's.
     fn verdict(&self, wire: &Wire, hello: &[u8; HELLO]) -> Result<(), Refusal> {
+        // The key comes first, so a process that is not the rank does not learn whether the rest
+        // is right.
+        if let Some(secure) = &self.secure {
+            secure.admit(wire, number(hello, 0))?;
+        }
         if hello[24..56] != self.job {
             return Err(Refusal::OtherJob);
         }
@@ -206,9 +211,6 @@ impl Rendezvous {
         }
         if number(hello, 8) != self.world {
             return Err(Refusal::OtherWorld);
-        }
-        if let Some(secure) = &self.secure {
-            secure.admit(wire, number(hello, 0))?;
         }
         if hello[56..88] != self.membership() { Err(Refusal::OtherMembership) } else { Ok(()) }
     }

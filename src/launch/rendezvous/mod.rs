@@ -133,7 +133,7 @@ impl Rendezvous {
             return Err(bad(why.into()));
         }
         let mut listens = vec![here];
-        if authenticates {
+        if authenticates && !one_machine {
             let any = [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()];
             listens.extend(any.map(|any| SocketAddr::new(any, env.port)));
         }
@@ -171,8 +171,11 @@ impl Rendezvous {
     pub(super) fn join(&self, deadline: Duration) -> Result<Connections> {
         let peers = if self.rank == 0 { self.host(deadline)? } else { self.visit(deadline)? };
         for (wire, _) in peers.iter().flatten() {
-            let address = wire.tcp().local_addr().ok().map(|address| address.ip());
-            self.policy.admit("Link", self.channel, address)?;
+            // On a socket for IPv4 and IPv6, an address of IPv4 is a mapped one.
+            for address in [wire.tcp().local_addr(), wire.tcp().peer_addr()] {
+                let address = address.ok().map(|address| address.ip().to_canonical());
+                self.policy.admit("Link", self.channel, address)?;
+            }
         }
         Connections::new(self.rank, deadline, (self.channel, self.policy), peers)
             .map_err(|error| self.failed("cannot set up the connections", error))

@@ -8,6 +8,10 @@ use std::{
 /// Whether this system reports the users of connections.
 pub(super) const CAN_CHECK: bool = cfg!(target_os = "linux");
 
+/// The user as whom the kernel shows all users that this process's user namespace does not have. In
+/// the first namespace it is the user `nobody`.
+const UNMAPPED: u32 = 65534;
+
 /// Whether both ends of a connection within this machine belong to the same user. The other end has
 /// to have accepted the connection: before that, it belongs to no user.
 ///
@@ -22,7 +26,15 @@ pub(super) fn same_user(tcp: &TcpStream) -> io::Result<bool> {
         )
     })?;
     let (own, other) = (user(&table, here, there), user(&table, there, here));
+    if own == Some(UNMAPPED) && !has_all_users(&fs::read_to_string("/proc/self/uid_map")?) {
+        return Ok(false);
+    }
     Ok(own.is_some() && own == other)
+}
+
+/// Whether a user namespace has all users (user_namespaces(7)), so that none is shown as another.
+fn has_all_users(map: &str) -> bool {
+    map.lines().any(|line| line.split_ascii_whitespace().nth(2) == Some("4294967295"))
 }
 
 /// The user of the end at `local` of a connection with `remote`; none if it is not in the table.
@@ -59,6 +71,14 @@ mod tests {
             let visitor = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (host, _) = listener.accept().unwrap();
             assert!(same_user(&visitor).unwrap() && same_user(&host).unwrap(), "{address}");
+        }
+    }
+
+    #[test]
+    fn namespaces_without_all_users_are_known() {
+        assert!(has_all_users("         0          0 4294967295\n"));
+        for map in ["", "0 1000 1\n", "0 1000 1\n1 100000 65536\n"] {
+            assert!(!has_all_users(map), "{map}");
         }
     }
 

@@ -71,7 +71,12 @@ impl Rendezvous {
         if magic == *REFUSED {
             let mut reason = [0];
             wire.read_until(&mut reason, until)?;
-            return Err(refusal(reason[0]).map_or(ErrorKind::InvalidData.into(), ConnectError::Refused));
+            return Err(match refusal(reason[0]) {
+                // Rank 0 sends no other reason here. Nothing has authenticated the other process,
+                // so the visitor goes on until its deadline.
+                Some(refusal @ (Refusal::Plaintext | Refusal::OtherUser)) => refusal.into(),
+                _ => Error::new(ErrorKind::InvalidData, "another program listens there").into(),
+            });
         }
         if magic != *MAGIC {
             return Err(Error::new(ErrorKind::InvalidData, "another program listens there").into());
