@@ -89,17 +89,17 @@ fn ranks_with_certificates_form_a_group() {
 
 #[test]
 fn certificates_of_others_are_refused() {
-    let (authority, stranger) = (Authority::new(), Authority::new());
+    let (authority, other) = (Authority::new(), Authority::new());
     let ranks = |authority: &Authority| {
         for rank in 0..2 {
             authority.certificate(&format!("rank{rank}"), &[&format!("rank-{rank}.job.example")], |_| ());
         }
     };
     ranks(&authority);
-    ranks(&stranger);
+    ranks(&other);
     let host = || authority.env(0, 2, "rank0");
     // Another authority has signed the visitor's certificate.
-    let visitor = with!(stranger.env(1, 2, "rank1"), port = authority.port);
+    let visitor = with!(other.env(1, 2, "rank1"), port = authority.port);
     let [here, there] = refused(host(), visitor);
     assert!(
         matches!((&here, &there), (Some(Refusal::Handshake(_)), Some(Refusal::Handshake(_)))),
@@ -116,8 +116,8 @@ fn certificates_of_others_are_refused() {
         *name = "x{rank}.{job}.example".into();
     }
     authority.certificate("zero", &["rank-0.job.example", "x0.job.example"], |_| ());
-    let other = refused(authority.env(0, 2, "zero"), visitor);
-    assert_eq!(other, [Some(Refusal::OtherRank), Some(Refusal::OtherRank)]);
+    let outcome = refused(authority.env(0, 2, "zero"), visitor);
+    assert_eq!(outcome, [Some(Refusal::OtherRank), Some(Refusal::OtherRank)]);
     // Rank 0's certificate is that of another job, which the visitor finds out.
     authority.certificate("job", &["rank-0.job.example"], |_| ());
     authority.certificate("other", &["rank-1.other.example"], |_| ());

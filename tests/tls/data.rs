@@ -79,6 +79,7 @@ fn seen(envs: [Env; 2]) -> usize {
     });
     assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
     let recorded = relay.recorded();
+    assert!(!recorded.is_empty());
     assert!(recorded.iter().all(|[there, back]| there.len() > 500 && back.len() > 500));
     let count = |bytes: &Vec<u8>| bytes.windows(8).filter(|window| window == CANARY).count();
     recorded.iter().flatten().map(count).sum()

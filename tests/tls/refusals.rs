@@ -6,8 +6,12 @@ use crate::{
 };
 use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    client::{
+        ResolvesClientCert,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
     pki_types::{CertificateDer, ServerName, UnixTime},
+    sign::CertifiedKey,
 };
 use shardwise::{
     Error, Refusal, Result,
@@ -23,7 +27,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// What rank 0 says when it has waited for rank 1 in vain: the last reason of a refusal.
+/// Returns the last refusal that rank 0 reports when rank 1 has missed the deadline.
 fn last(outcome: Result<()>) -> Option<Refusal> {
     match outcome {
         Err(Error::NotConnected { missing, refused: 1.., last, .. }) if missing[0] == 1 => last,
@@ -233,11 +237,25 @@ fn recorded_connections_cannot_be_replayed() {
     });
 }
 
-/// Accepts every certificate.
+/// Accepts the key of every server, and has no key itself.
 #[derive(Debug)]
-struct Anything;
+struct Anonymous;
 
-impl ServerCertVerifier for Anything {
+impl ResolvesClientCert for Anonymous {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        None
+    }
+
+    fn only_raw_public_keys(&self) -> bool {
+        true
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+impl ServerCertVerifier for Anonymous {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,
@@ -268,7 +286,11 @@ impl ServerCertVerifier for Anything {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        vec![SignatureScheme::ED25519, SignatureScheme::ECDSA_NISTP256_SHA256]
+        vec![SignatureScheme::ED25519]
+    }
+
+    fn requires_raw_public_keys(&self) -> bool {
+        true
     }
 }
 
@@ -302,8 +324,8 @@ fn clients_without_a_key_are_refused() {
         .with_safe_default_protocol_versions()
         .unwrap()
         .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anything))
-        .with_no_client_auth();
+        .with_custom_certificate_verifier(Arc::new(Anonymous))
+        .with_client_cert_resolver(Arc::new(Anonymous));
     let reason = refused_client(&Job::new(2), |mut stream| {
         let name = ServerName::try_from("rank-0").unwrap();
         let mut connection = ClientConnection::new(Arc::new(anonymous), name).unwrap();
@@ -318,7 +340,7 @@ fn clients_without_a_key_are_refused() {
         };
         assert!(error.to_string().contains("alert"), "{error}");
     });
-    assert!(reason.contains("ertificate"), "{reason}");
+    assert!(reason.contains("sent no certificates"), "{reason}");
 }
 
 /// The first message of a TLS 1.2 client: version, 32 random bytes, no session, two cipher suites,
