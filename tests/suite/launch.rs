@@ -1,7 +1,7 @@
 //! Tests the environments of launchers and the rendezvous of processes. Threads stand in for the
 //! processes, each with its own environment.
 
-use crate::support::say;
+use crate::{relay::Relay, support::say};
 use shardwise::{
     Error, LostReason, Result, Tensor,
     comm::{Group, ReduceOp},
@@ -12,8 +12,11 @@ use shardwise::{
 use std::{
     collections::HashMap,
     io::{Read, Write},
-    net::{Shutdown, TcpListener, TcpStream},
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    net::{TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -359,52 +362,22 @@ fn jobs_are_killed_and_started_again_on_one_port() {
     }
 }
 
-/// A relay calls this function with the bytes that rank 0 sends to a rank (true) or receives from
-/// it (false).
-type Watch<'a> = &'a (dyn Fn(bool, &mut [u8]) + Sync);
-
-/// Runs two or more ranks. A relay connects rank 1 with rank 0.
+/// Runs two or more ranks. A relay, which calls `watch`, connects rank 1 with rank 0.
 fn relayed<R: Send>(
     deadline: Duration,
     world: usize,
-    watch: Watch<'_>,
+    watch: impl Fn(usize, &mut [u8]) + Send + Sync + 'static,
     rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
 ) -> Vec<Result<R>> {
-    let (port, relay) = (free_port(), TcpListener::bind("127.0.0.1:0").unwrap());
-    let copy = |down: bool, mut from: TcpStream, mut to: TcpStream| {
-        let mut buffer = vec![0; 1 << 16];
-        while let Ok(len @ 1..) = from.read(&mut buffer) {
-            watch(down, &mut buffer[..len]);
-            if to.write_all(&buffer[..len]).is_err() {
-                return;
-            }
-        }
-        let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
-    };
-    let over = AtomicBool::new(false);
+    let port = free_port();
+    let relay = Relay::to(port, watch);
     thread::scope(|scope| {
-        let address = relay.local_addr().unwrap();
-        let (copy, over) = (&copy, &over);
-        scope.spawn(move || {
-            for near in relay.incoming().map(Result::unwrap) {
-                if over.load(Ordering::SeqCst) {
-                    return;
-                }
-                let far = connect(port);
-                let clones = (near.try_clone().unwrap(), far.try_clone().unwrap());
-                scope.spawn(move || copy(false, near, far));
-                scope.spawn(move || copy(true, clones.1, clones.0));
-            }
-        });
         let start = |number| {
-            let (rank, port) = (&rank, if number == 1 { address.port() } else { port });
+            let (rank, port) = (&rank, if number == 1 { relay.port } else { port });
             scope.spawn(move || rank_env(number, world, port, |_| ()).run(deadline, rank))
         };
         let started: Vec<_> = (0..world).map(start).collect();
-        let outcomes = started.into_iter().map(|thread| thread.join().unwrap()).collect();
-        over.store(true, Ordering::SeqCst);
-        drop(TcpStream::connect(address));
-        outcomes
+        started.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
 
@@ -412,17 +385,18 @@ fn relayed<R: Send>(
 /// party changes afterwards.
 #[test]
 fn what_is_changed_on_the_way_is_never_data() {
-    for down in [false, true] {
-        let changed = AtomicBool::new(false);
+    for direction in [0, 1] {
+        let changed = Arc::new(AtomicBool::new(false));
         let one = 1.0_f64.to_le_bytes();
-        let watch = |of: bool, bytes: &mut [u8]| {
+        let was_changed = Arc::clone(&changed);
+        let watch = move |of: usize, bytes: &mut [u8]| {
             let found = bytes.windows(8).position(|word| word == one);
-            if let Some(at) = found.filter(|_| of == down && !changed.load(Ordering::SeqCst)) {
+            if let Some(at) = found.filter(|_| of == direction && !was_changed.load(Ordering::SeqCst)) {
                 bytes[at..at + 8].copy_from_slice(&3.0_f64.to_le_bytes());
-                changed.store(true, Ordering::SeqCst);
+                was_changed.store(true, Ordering::SeqCst);
             }
         };
-        let outcomes = relayed(DEADLINE, 2, &watch, |group| {
+        let outcomes = relayed(DEADLINE, 2, watch, |group| {
             let mut x = Tensor::<f64>::full(group.device(), [3], 1.0)?;
             group.all_reduce(ReduceOp::Sum, &mut x)?;
             group.barrier()?;
@@ -443,19 +417,20 @@ fn what_is_changed_on_the_way_is_never_data() {
 /// ranks after it.
 #[test]
 fn a_process_that_reads_nothing_is_named_to_all_others() {
-    let (stopped, over) = (AtomicBool::new(false), AtomicBool::new(false));
-    let watch = |down: bool, bytes: &mut [u8]| {
+    let over = Arc::new(AtomicBool::new(false));
+    let (stopped, ends) = (AtomicBool::new(false), Arc::clone(&over));
+    let watch = move |direction: usize, bytes: &mut [u8]| {
         // From the first large result on, the relay forwards nothing.
-        if down && bytes.len() == 1 << 16 {
+        if direction == 1 && bytes.len() == 1 << 16 {
             stopped.store(true, Ordering::SeqCst);
         }
-        while stopped.load(Ordering::SeqCst) && !over.load(Ordering::SeqCst) {
+        while stopped.load(Ordering::SeqCst) && !ends.load(Ordering::SeqCst) {
             thread::sleep(Duration::from_millis(5));
         }
     };
     let done = AtomicUsize::new(0);
     let begin = Instant::now();
-    let outcomes = relayed(Duration::from_secs(2), 4, &watch, |group| {
+    let outcomes = relayed(Duration::from_secs(2), 4, watch, |group| {
         let sums = || {
             for _ in 0..3 {
                 let mut x = Tensor::<f64>::full(group.device(), [1 << 20], 1.0)?;

@@ -13,4 +13,5 @@ mod certificates;
 mod data;
 mod job;
 mod refusals;
+#[path = "../suite/relay.rs"]
 mod relay;

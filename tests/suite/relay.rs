@@ -13,7 +13,8 @@ use std::{
 /// The bytes of one connection: from the rank to rank 0, and back.
 pub(crate) type Recorded = Arc<Mutex<[Vec<u8>; 2]>>;
 
-/// Forwards the connections to a new port to `port`, changed by `change`, until it is dropped.
+/// Forwards the connections to a new port to `port`, until it is dropped. `change` may change the
+/// bytes: in direction 0 those from the rank to rank 0, in direction 1 those back.
 pub(crate) struct Relay {
     pub(crate) port: u16,
     recorded: Arc<Mutex<Vec<Recorded>>>,
