@@ -184,7 +184,6 @@ impl<'a> Line<'a> {
     }
 
     /// A field with a text.
-    #[allow(dead_code)]
     pub(super) fn text(&self, field: &str) -> Option<&str> {
         self.fields.get(field)?.as_str()
     }
@@ -222,7 +221,8 @@ fn take_string(rest: &mut &str) -> Option<String> {
     })?;
     let json = take(rest, end + 1)?;
     let text = serde_json::from_str::<String>(json).ok()?;
-    (Value::from(&*text).to_string() == json).then_some(text)
+    let canonical = Value::from(&*text).to_string();
+    (canonical == json).then_some(text)
 }
 
 fn parse_time(text: &str) -> Option<SystemTime> {

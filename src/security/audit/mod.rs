@@ -28,13 +28,22 @@
 //! all ranks.
 
 mod event;
+mod file;
 mod line;
 mod log;
+mod report;
 mod signature;
 #[cfg(test)]
 mod tests;
+mod verify;
 
-pub use event::Event;
+#[cfg(feature = "tls")]
+pub use verify::verify_signed;
+pub use {
+    event::Event,
+    report::{Finding, RankLog, Report, Verdict},
+    verify::verify,
+};
 #[allow(unused_imports)]
 pub(crate) use {
     log::{AuditLog, Head},

@@ -2,8 +2,12 @@
 
 #[cfg(feature = "tls")]
 pub(crate) use signed::Signer;
+#[cfg(feature = "tls")]
+pub(super) use signed::{Lists, Verifier};
 #[cfg(not(feature = "tls"))]
 pub(crate) use unsigned::Signer;
+#[cfg(not(feature = "tls"))]
+pub(super) use unsigned::{Lists, Verifier};
 
 /// Whether lines of this event are signed.
 pub(super) fn signs(event: &str) -> bool {
@@ -14,7 +18,13 @@ pub(super) fn signs(event: &str) -> bool {
 mod signed {
     use crate::{
         error::Result,
-        security::{PrivateKey, audit::line::Hash},
+        security::{
+            Membership, PrivateKey, PublicKey,
+            audit::{
+                Verdict,
+                line::{Hash, Line, hex},
+            },
+        },
     };
     use base64::{Engine, prelude::BASE64_STANDARD};
 
@@ -41,11 +51,73 @@ mod signed {
             Ok(BASE64_STANDARD.encode(self.0.sign(&message(hash))?))
         }
     }
+
+    /// The key of a rank.
+    pub(in crate::security::audit) struct Verifier(PublicKey);
+
+    impl Verifier {
+        /// Whether `signature`, in base64, is of the line with this hash.
+        pub(in crate::security::audit) fn verifies(&self, hash: &Hash, signature: &str) -> bool {
+            BASE64_STANDARD
+                .decode(signature)
+                .is_ok_and(|signature| self.0.verifies(&message(hash), &signature))
+        }
+    }
+
+    /// The lists of keys of a verification.
+    #[derive(Clone, Copy, Default)]
+    pub(in crate::security::audit) struct Lists<'a>(&'a [Membership]);
+
+    impl<'a> Lists<'a> {
+        pub(in crate::security::audit) fn new(lists: &'a [Membership]) -> Self {
+            Self(lists)
+        }
+
+        /// Returns the key that signs the lines of a start; none if they need no signature. The
+        /// error is what follows from a list that does not fit, and the reason.
+        pub(in crate::security::audit) fn choose(
+            &self,
+            start: &Line<'_>,
+        ) -> Result<Option<Verifier>, (Verdict, String)> {
+            let has_job = |list: &Membership| list.job() == start.job;
+            let Some(digest) = start.text("membership") else {
+                return if self.0.iter().any(has_job) {
+                    Err((Verdict::Incomplete, "this start names no list of keys, so it is not signed".into()))
+                } else {
+                    Ok(None)
+                };
+            };
+            let Some(list) = self.0.iter().find(|list| hex(&list.digest()) == digest) else {
+                return if self.0.is_empty() {
+                    Ok(None)
+                } else {
+                    Err((Verdict::Incomplete, format!("the list of keys {digest} was not given")))
+                };
+            };
+            let member =
+                list.member(start.rank).filter(|_| has_job(list) && list.epochs().contains(&start.epoch));
+            let member = member.ok_or_else(|| {
+                let text = format!(
+                    "the list of keys has no rank {} and epoch {} of this job",
+                    start.rank, start.epoch
+                );
+                (Verdict::Changed, text)
+            })?;
+            Ok(Some(&member.key).filter(|key| key.is_ed25519()).map(|key| Verifier(key.clone())))
+        }
+    }
 }
 
 #[cfg(not(feature = "tls"))]
 mod unsigned {
-    use crate::{error::Result, security::audit::line::Hash};
+    use crate::{
+        error::Result,
+        security::audit::{
+            Verdict,
+            line::{Hash, Line},
+        },
+    };
+    use std::marker::PhantomData;
 
     /// Without the feature `tls` there are no keys.
     #[derive(Clone, Debug)]
@@ -54,6 +126,27 @@ mod unsigned {
     impl Signer {
         pub(in crate::security::audit) fn sign(&self, _: &Hash) -> Result<String> {
             match *self {}
+        }
+    }
+
+    /// Without keys no signature is verified.
+    pub(in crate::security::audit) enum Verifier {}
+
+    impl Verifier {
+        pub(in crate::security::audit) fn verifies(&self, _: &Hash, _: &str) -> bool {
+            match *self {}
+        }
+    }
+
+    #[derive(Clone, Copy, Default)]
+    pub(in crate::security::audit) struct Lists<'a>(PhantomData<&'a ()>);
+
+    impl Lists<'_> {
+        pub(in crate::security::audit) fn choose(
+            &self,
+            _: &Line<'_>,
+        ) -> Result<Option<Verifier>, (Verdict, String)> {
+            Ok(None)
         }
     }
 }

@@ -1,3 +1,6 @@
 //! Tests of the audit log.
 
+mod job;
 mod log;
+mod tamper;
+mod verify;
