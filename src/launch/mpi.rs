@@ -5,7 +5,7 @@ use crate::{
     comm::{self, Communicator, Group, Universe},
     device::Cpu,
     error::{Error, LostReason, Result},
-    security::Policy,
+    security::{Identity, Policy},
     trace,
 };
 use std::{
@@ -79,11 +79,17 @@ impl Mpi {
     /// `rank` what every process must report: no process returns before all have left.
     ///
     /// # Errors
-    /// When the policy refuses MPI ([`Error::NotEncrypted`]), when `rank` fails, or when this rank
+    /// When the policy refuses MPI ([`Error::NotEncrypted`]), when the environment has an
+    /// [`Identity`], when `rank` fails, or when this rank
     /// has not received a message that another rank sent to it. MPI's own errors end the process,
     /// as usual with MPI.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let policy = self.policy.map_or_else(Policy::read, Ok)?;
+        if Identity::of(|name| Some(std::env::var_os(name)?.to_string_lossy().into()))?.is_some() {
+            let reason = "MPI authenticates no rank, so keys and roles have no effect: unset SHARDWISE_KEY, or \
+                          start the ranks with `Env::run`";
+            return Err(Error::Unsupported { op: "identity", reason: reason.into() });
+        }
         // The variables may be those of another launcher, whose job has another number of ranks.
         let one_machine =
             |size| Env::read().is_ok_and(|env| env.world == size && env.local_world >= env.world);

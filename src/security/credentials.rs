@@ -5,7 +5,7 @@
 //! whether this is the key of the rank that the process claims to be.
 
 use super::{
-    Identity, Membership, PrivateKey, PublicKey,
+    Identity, Membership, PrivateKey, PublicKey, Roles,
     keys::{not_pem, read_file, unusable},
 };
 use crate::error::{Error, Refusal, Result};
@@ -135,6 +135,14 @@ impl Credentials {
         client.resumption = Resumption::disabled();
         client.enable_sni = false;
         Self { server: Arc::new(server), client: Arc::new(client), ranks, digest }
+    }
+
+    /// The roles of the ranks; unrestricted with certificates, which have none.
+    pub(crate) fn roles(&self, world: usize) -> Roles {
+        match &self.ranks {
+            Ranks::Keys(list) => list.roles(world),
+            Ranks::Names(_) => Roles::UNRESTRICTED,
+        }
     }
 
     /// A hash of the membership file, or of the authorities and names of certificates.

@@ -298,13 +298,13 @@ fn processes_have_the_same_collectives() {
 #[cfg(feature = "cli")]
 #[test]
 fn a_policy_refuses_nccl_between_machines() {
-    use shardwise::security::{Channel, Identity, Member, Membership, Policy, PrivateKey, Reach};
+    use shardwise::security::{Channel, Identity, Member, Membership, Policy, PrivateKey, Reach, Role};
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let (owner, keys) = (PrivateKey::generate().unwrap(), [(); 2].map(|()| PrivateKey::generate().unwrap()));
     let members = keys.iter().enumerate().map(|(rank, key)| {
         key.write(path(&format!("{rank}.pem"))).unwrap();
-        Member { rank, key: key.public().clone(), not_after: None }
+        Member::rank(rank, Role::Trainer, key.public().clone())
     });
     Membership::new("job", 0..=0, None, members).unwrap().write(path("membership.json"), &owner).unwrap();
     std::fs::write(path("owner.pub"), owner.public().to_pem()).unwrap();

@@ -1,5 +1,6 @@
 //! The integration tests in one binary, with one module per area.
 
+mod access;
 mod block;
 mod circles;
 mod collectives;

@@ -15,3 +15,4 @@ mod job;
 mod refusals;
 #[path = "../suite/relay.rs"]
 mod relay;
+mod roles;

@@ -34,7 +34,7 @@ use super::Env;
 use crate::{
     comm::{Connections, Keyed, Wire},
     error::{Error, Refusal, Result},
-    security::{Channel, Policy, Reach, Secret},
+    security::{Channel, Reach, Roles, Secret, Terms},
 };
 use hmac::{Hmac, KeyInit, Mac};
 use secure::Secure;
@@ -72,12 +72,11 @@ pub(super) struct Rendezvous {
     job: Bytes32,
     token: Secret,
     secure: Option<Arc<Secure>>,
-    policy: Policy,
-    channel: Channel,
+    terms: Terms,
 }
 
 /// The refusals that one process reports to the other, by number. Number 0 is the welcome.
-const VERDICTS: [Refusal; 12] = [
+const VERDICTS: [Refusal; 14] = [
     Refusal::OtherToken,
     Refusal::OtherJob,
     Refusal::OtherEpoch,
@@ -90,6 +89,8 @@ const VERDICTS: [Refusal; 12] = [
     Refusal::Expired,
     Refusal::Plaintext,
     Refusal::OtherUser,
+    Refusal::Role,
+    Refusal::OtherAudit,
 ];
 
 /// The number of a refusal.
@@ -153,6 +154,8 @@ impl Rendezvous {
         };
         let channel = Channel { reach, encrypted: env.identity.is_some() && env.world > 1 };
         env.policy.admit("Link", channel, None)?;
+        let secure = Secure::load(env)?.map(Arc::new);
+        let roles = secure.as_ref().map_or(Roles::UNRESTRICTED, |secure| secure.roles(env.world));
         Ok(Self {
             addresses,
             listens,
@@ -161,9 +164,8 @@ impl Rendezvous {
             epoch: env.epoch,
             job: Sha256::digest(env.job.as_bytes()).into(),
             token: env.token.clone(),
-            secure: Secure::load(env)?.map(Arc::new),
-            policy: env.policy,
-            channel,
+            secure,
+            terms: Terms { channel, policy: env.policy, roles },
         })
     }
 
@@ -174,10 +176,10 @@ impl Rendezvous {
             // On a socket for IPv4 and IPv6, an address of IPv4 is a mapped one.
             for address in [wire.tcp().local_addr(), wire.tcp().peer_addr()] {
                 let address = address.ok().map(|address| address.ip().to_canonical());
-                self.policy.admit("Link", self.channel, address)?;
+                self.terms.policy.admit("Link", self.terms.channel, address)?;
             }
         }
-        Connections::new(self.rank, deadline, (self.channel, self.policy), peers)
+        Connections::new(self.rank, deadline, self.terms.clone(), peers)
             .map_err(|error| self.failed("cannot set up the connections", error))
     }
 
