@@ -208,6 +208,11 @@ impl PublicKey {
         }
     }
 
+    /// Whether the key is Ed25519, the only type whose signatures this crate makes and verifies.
+    pub(super) fn is_ed25519(&self) -> bool {
+        self.0.len() == SPKI.len() + 32 && self.0.starts_with(&SPKI)
+    }
+
     pub(super) fn der(&self) -> &[u8] {
         &self.0
     }

@@ -10,11 +10,13 @@
 //! | an [`Identity`] (feature `tls`) | that they have the key of the rank | TLS 1.3 |
 //!
 //! * `Membership` (feature `tls`) is the signed list of the keys of a job's ranks.
+//! * [`audit`] is the log of what each rank has done, and its verification.
 //! * [`Policy`] refuses transports that would send plaintext between machines, such as NCCL and
 //!   MPI. [`Channel`] describes the transport of a group.
 //!
 //! `SECURITY.md` has the threat model, and `docs/security.md` an example with four processes.
 
+pub mod audit;
 #[cfg(feature = "tls")]
 mod credentials;
 mod identity;

@@ -1,0 +1,89 @@
+//! The audit log: what each rank of a job has done, in files whose changes are noticed.
+//!
+//! A rank appends one line of JSON for each event to its own file,
+//! `<job>-rank<rank>.audit.jsonl`, over all starts of the job:
+//!
+//! ```text
+//! {"seq":N,"utc":"2026-11-30T12:00:00.123456Z","rank":R,"job":"…","epoch":E,"event":"…",
+//!  "fields":{…},"prev":"<64 hex digits>","hash":"<64 hex digits>"}
+//! ```
+//!
+//! * `hash` is the SHA-256 of the line's bytes before `,"hash"`, and `prev` is the hash of the line
+//!   before, or zeros. So no line can be changed, inserted or removed without changing all later
+//!   hashes of the file.
+//! * In an event `witness`, each rank writes the last hashes of all ranks. So the lines before it
+//!   cannot be changed or removed without changing the files of all ranks.
+//! * With keys (feature `tls`), the events `end` and `witness` are signed: `"signature":"…"` is the
+//!   base64 of Ed25519 over `shardwise audit` and the 32 bytes of the hash.
+//!
+//! A process that is killed while it writes leaves a line without an end. The next start keeps it,
+//! and has its length in the field `torn`; `prev` is then the SHA-256 of its bytes.
+//!
+//! Fields are texts, integers, booleans, and lists and objects of these. They never have values of
+//! tensors, and never keys.
+//!
+//! [`verify`] checks the files of a job. Not noticed are: lines after the last `witness` of all
+//! ranks that are removed together with what would follow them; the files of all ranks replaced by
+//! earlier copies; and, without signatures, whatever is done by somebody who can write the files of
+//! all ranks.
+
+mod event;
+mod line;
+mod log;
+mod signature;
+#[cfg(test)]
+mod tests;
+
+pub use event::Event;
+#[allow(unused_imports)]
+pub(crate) use {
+    log::{AuditLog, Head},
+    signature::Signer,
+};
+
+use crate::error::Result;
+use std::cell::RefCell;
+
+thread_local! {
+    /// The logs of the jobs that this thread runs, one within the other; none for a job without.
+    static LOGS: RefCell<Vec<Option<AuditLog>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Makes a log the current one of this thread, until [`end`].
+#[allow(dead_code)]
+pub(crate) fn begin(log: Option<AuditLog>) {
+    LOGS.with_borrow_mut(|logs| logs.push(log));
+}
+
+/// Ends the current log of this thread. The log before it is then the current one again.
+#[allow(dead_code)]
+pub(crate) fn end() {
+    LOGS.with_borrow_mut(|logs| drop(logs.pop()));
+}
+
+/// The current log of this thread.
+pub(crate) fn current() -> Option<AuditLog> {
+    LOGS.try_with(|logs| logs.borrow().last().cloned().flatten()).ok().flatten()
+}
+
+/// Writes an event of the program to this rank's audit log: the SHA-256 of a data set's manifest,
+/// for example. Does nothing, after the checks of the event, if the rank has no log.
+///
+/// ```
+/// use shardwise::security::audit::{self, Event};
+/// audit::record(&Event::new("data_set").text("sha256", "9f86d081").number("rows", 60_000))?;
+/// # Ok::<(), shardwise::Error>(())
+/// ```
+///
+/// # Errors
+/// When the event's name is not 1 to 64 of `a` to `z` and `_`, or is one of the library's own
+/// (`start`, `join`, `refuse`, `policy`, `save`, `load`, `gather`, `deny`, `witness`, `abort`,
+/// `end`); when a field's name is not 1 to 64 of `a` to `z`, `0` to `9` and `_`, or occurs twice;
+/// when the line is longer than 1 MiB; or when this or an earlier event could not be written.
+pub fn record(event: &Event) -> Result<()> {
+    event.check_name()?;
+    match current() {
+        Some(log) => log.write_within(event, line::MAX_OF_PROGRAM),
+        None => event.check_fields(),
+    }
+}

@@ -1,0 +1,3 @@
+//! Tests of the audit log.
+
+mod log;
