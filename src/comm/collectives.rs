@@ -25,8 +25,8 @@ impl<B: Pointwise> Group<B> {
     ///
     /// # Errors
     /// When a rank calls something else, or is lost. If calls differ, x is unchanged.
-    /// [`Error::NotPermitted`] when x is a weight ([`Tensor::is_weight`]) and not every rank may see
-    /// the weights of the others. The same holds for the other collectives.
+    /// [`Error::NotPermitted`] when x is a weight ([`Tensor::is_weight`]) and not every rank may
+    /// see the weights of the others. The same holds for the other collectives.
     #[track_caller]
     pub fn all_reduce<T: Element>(&self, op: ReduceOp, x: &mut Tensor<T, B>) -> Result<()> {
         self.admit_all(Op::AllReduce, x)?;

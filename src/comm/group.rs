@@ -4,6 +4,7 @@ use super::{Call, Communicator, HostStaged, Op, Overlap, Planned, Recorded, Shar
 use crate::{
     device::{Cpu, DType, Device, Element, Meta},
     error::{Error, Result, Site, same_size},
+    security::audit::{self, Event},
     shard::{Partition, Reduction, Shape},
     tensor::Tensor,
     trace,
@@ -192,7 +193,15 @@ impl<B: Device> Group<B> {
         if !x.is_weight() || self.size() == 1 {
             return Ok(());
         }
-        self.transport().roles().admit(op.name(), self.name(), receivers)
+        let admitted = self.transport().roles().admit(op.name(), self.name(), receivers);
+        if let Some(log) = audit::current() {
+            let event = |name: &str| Event::new(name).text("op", op.name()).text("group", self.name());
+            log.write(&match &admitted {
+                Ok(()) => event("gather").text("shape", x.shape()),
+                Err(error) => event("deny").text("error", error).durable(),
+            })?;
+        }
+        admitted
     }
 
     /// As [`Group::admit`], for a collective whose results every rank receives.

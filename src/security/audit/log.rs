@@ -191,6 +191,22 @@ impl AuditLog {
         Head { rank: state.rank, seq: state.seq.saturating_sub(1), hash: state.last }
     }
 
+    /// Syncs the lines so far to the disk.
+    ///
+    /// # Errors
+    /// As [`AuditLog::write`].
+    pub(crate) fn sync(&self) -> Result<()> {
+        let mut state = self.state();
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        state.file.sync_data().map_err(|error| {
+            let error = Error::io(&state.path, &error);
+            state.failed = Some(error.clone());
+            error
+        })
+    }
+
     /// Writes the last lines of all ranks as an event `witness`, and syncs it to the disk.
     ///
     /// # Errors

@@ -35,8 +35,8 @@ mod signature;
 mod tests;
 
 pub use event::Event;
-#[allow(unused_imports)]
 pub(crate) use {
+    line::hex,
     log::{AuditLog, Head},
     signature::Signer,
 };
