@@ -9,6 +9,7 @@ macro_rules! with {
     }};
 }
 
+mod audit;
 mod certificates;
 mod data;
 mod job;
