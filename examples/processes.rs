@@ -21,8 +21,12 @@ use shardwise::{
     parallel::{DTensor, Layer, MlpNames, ParallelMlp},
     shard::Replicated,
     tensor::{Random, Weights},
+    weights,
 };
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 /// One rank of a tensor-parallel MLP.
 #[derive(Parser, Debug)]
@@ -30,6 +34,9 @@ struct Args {
     /// The device of the ranks.
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     device: On,
+    /// Saves the weights in this folder. With a membership file, the role of a rank has to allow it.
+    #[arg(long)]
+    save: Option<PathBuf>,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -38,7 +45,7 @@ enum On {
     Cuda,
 }
 
-fn rank<B: Backend>(world: &Group<B>) -> Result<()> {
+fn rank<B: Backend>(world: &Group<B>, save: Option<&Path>) -> Result<()> {
     let source = Random::normal(1, 0.02);
     let (weights, names) = (Weights::new(&source), MlpNames::default());
     let mlp = ParallelMlp::<Replicated, f64, B>::load(
@@ -56,24 +63,24 @@ fn rank<B: Backend>(world: &Group<B>) -> Result<()> {
         |tensor: &Tensor<f64, B>| Ok(tensor.to_vec()?.iter().map(|value| value * value).sum::<f64>());
     let (y, dx): (Result<f64>, Result<f64>) = (squares(y.local()), squares(dx.local()));
     println!("rank {} of {}: |y|² = {:.12}, |dx|² = {:.12}", world.rank(), world.size(), y?, dx?);
-    Ok(())
+    save.map_or(Ok(()), |folder| weights::save(world, &mlp.params(), folder))
 }
 
-fn place(world: Group<Cpu>, local_rank: usize, on: On) -> Result<()> {
-    match on {
-        On::Cpu => rank(&world),
-        On::Cuda => on_cuda(&world, local_rank),
+fn place(world: Group<Cpu>, local_rank: usize, args: &Args) -> Result<()> {
+    match args.device {
+        On::Cpu => rank(&world, args.save.as_deref()),
+        On::Cuda => on_cuda(&world, local_rank, args.save.as_deref()),
     }
 }
 
 #[cfg(feature = "nccl")]
-fn on_cuda(world: &Group<Cpu>, local_rank: usize) -> Result<()> {
+fn on_cuda(world: &Group<Cpu>, local_rank: usize, save: Option<&Path>) -> Result<()> {
     use shardwise::{comm::nccl::Options, device::Cuda};
-    rank(&world.over_nccl(&Cuda::new(local_rank)?, Options::default())?)
+    rank(&world.over_nccl(&Cuda::new(local_rank)?, Options::default())?, save)
 }
 
 #[cfg(not(feature = "nccl"))]
-fn on_cuda(_: &Group<Cpu>, _: usize) -> Result<()> {
+fn on_cuda(_: &Group<Cpu>, _: usize, _: Option<&Path>) -> Result<()> {
     Err(shardwise::Error::Unsupported {
         op: "processes",
         reason: "it was built without the feature nccl".into(),
@@ -84,8 +91,8 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let started = std::env::vars().any(|(name, _)| name.ends_with("RANK") || name == "SLURM_PROCID");
     if !started {
-        return place(Group::solo(&Cpu::new()), 0, args.device);
+        return place(Group::solo(&Cpu::new()), 0, &args);
     }
     let env = Env::read()?;
-    env.run(Duration::from_secs(60), |world| place(world, env.local_rank, args.device))
+    env.run(Duration::from_secs(60), |world| place(world, env.local_rank, &args))
 }

@@ -217,6 +217,17 @@ pub enum Error {
         /// What is allowed instead, or why the network is not the trusted one.
         hint: String,
     },
+    /// Weights would reach a rank whose role may not see those of other ranks:
+    /// [`crate::security::Role`].
+    #[error("{op}: {who} has the role `{role}`, which may not see the weights of other ranks")]
+    NotPermitted {
+        /// The operator.
+        op: &'static str,
+        /// The rank.
+        who: String,
+        /// Its role.
+        role: &'static str,
+    },
     /// A key, a certificate or a membership file cannot be used.
     #[error("{}: {reason}", .path.display())]
     Credential {

@@ -25,8 +25,11 @@ impl<B: Pointwise> Group<B> {
     ///
     /// # Errors
     /// When a rank calls something else, or is lost. If calls differ, x is unchanged.
+    /// [`Error::NotPermitted`] when x is a weight ([`Tensor::is_weight`]) and not every rank may
+    /// see the weights of the others. The same holds for the other collectives.
     #[track_caller]
     pub fn all_reduce<T: Element>(&self, op: ReduceOp, x: &mut Tensor<T, B>) -> Result<()> {
+        self.admit_all(Op::AllReduce, x)?;
         let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
         let x = T::any_mut(x.slice_mut()?);
         self.run(&call, |communicator| communicator.all_reduce(&call, op, x))
@@ -57,6 +60,7 @@ impl<B: Pointwise> Group<B> {
         dim: usize,
         partition: &Partition,
     ) -> Result<Tensor<T, B>> {
+        self.admit_all(Op::AllGather, x)?;
         let (call, shards, shape) = self.gather_call(x, dim, partition)?;
         let mut whole = Tensor::empty(self.device(), shape)?;
         let (send, recv) = (T::any_ref(x.slice()), T::any_mut(whole.slice_mut()?));
@@ -87,6 +91,7 @@ impl<B: Pointwise> Group<B> {
         dim: usize,
         partition: &Partition,
     ) -> Result<Tensor<T, B>> {
+        self.admit_all(Op::ReduceScatter, x)?;
         let (call, shards, shape) = self.scatter_call(op, x, dim, partition)?;
         let mut shard = Tensor::empty(self.device(), shape)?;
         let (send, recv) = (T::any_ref(x.slice()), T::any_mut(shard.slice_mut()?));
@@ -101,6 +106,14 @@ impl<B: Pointwise> Group<B> {
     #[track_caller]
     pub fn broadcast<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
         self.check_rank("broadcast", root)?;
+        self.admit(Op::Broadcast, x, (0..self.size()).filter(|rank| *rank != root))?;
+        self.broadcast_replica(root, x)
+    }
+
+    /// Like [`Group::broadcast`], for a weight that every rank of the group holds.
+    #[track_caller]
+    pub(crate) fn broadcast_replica<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
+        self.transport().roles().admit_replicas("broadcast")?;
         let call = Call { root: Some(root), ..self.data_call(Op::Broadcast, T::DTYPE, x.shape()) };
         let x = T::any_mut(x.slice_mut()?);
         self.run(&call, |communicator| communicator.broadcast(&call, root, x))
@@ -130,6 +143,9 @@ impl<B: Pointwise> Group<B> {
     ) -> Result<Option<Tensor<T, B>>> {
         for peer in send.iter().map(|(peer, _)| *peer).chain(recv.iter().map(|(peer, _)| *peer)) {
             self.check_rank("exchange", peer)?;
+        }
+        if let Some((to, x)) = send {
+            self.admit(Op::Exchange, x, [to])?;
         }
         // An exchange takes no sequence number, because not every rank of the group calls it. When
         // the message arrives, the receiver compares its element type and shape with the expected

@@ -4,7 +4,7 @@ use super::{Call, ReduceOp, Shards, cause::Cause};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Device},
     error::{Error, Result},
-    security::{Channel, Policy, Reach},
+    security::{Channel, Policy, Reach, Roles},
     shard::Shape,
 };
 use std::time::Duration;
@@ -73,6 +73,10 @@ pub trait Communicator<B: Device> {
     fn policy(&self) -> Policy {
         Policy::read().unwrap_or(Policy::RequireEncrypted)
     }
+
+    /// The roles of the group's ranks. A communicator that wraps another one returns that one's
+    /// roles, and one whose ranks have none returns [`Roles::UNRESTRICTED`].
+    fn roles(&self) -> Roles;
 
     /// Returns the failure that prevents `call`, if there is one, without waiting. A rank that left
     /// without an error does not prevent the call, because it may have joined the call before it

@@ -2,9 +2,11 @@
 
 use super::{Call, Communicator, HostStaged, Op, Overlap, Planned, Recorded, Shards, Solo, TransferLog};
 use crate::{
-    device::{Cpu, DType, Device, Meta},
+    device::{Cpu, DType, Device, Element, Meta},
     error::{Error, Result, Site, same_size},
+    security::audit::{self, Event},
     shard::{Partition, Reduction, Shape},
+    tensor::Tensor,
     trace,
 };
 use std::{
@@ -178,6 +180,33 @@ impl<B: Device> Group<B> {
     /// The transport, borrowed.
     pub(super) fn transport(&self) -> &dyn Communicator<B> {
         &*self.shared.communicator
+    }
+
+    /// Returns [`Error::NotPermitted`] if x is a weight, and a receiver may not see the weights of
+    /// other ranks.
+    pub(super) fn admit<T: Element>(
+        &self,
+        op: Op,
+        x: &Tensor<T, B>,
+        receivers: impl IntoIterator<Item = usize>,
+    ) -> Result<()> {
+        if !x.is_weight() || self.size() == 1 {
+            return Ok(());
+        }
+        let admitted = self.transport().roles().admit(op.name(), self.name(), receivers);
+        if let Some(log) = audit::current() {
+            let event = |name: &str| Event::new(name).text("op", op.name()).text("group", self.name());
+            log.write(&match &admitted {
+                Ok(()) => event("gather").text("shape", x.shape()),
+                Err(error) => event("deny").text("error", error).durable(),
+            })?;
+        }
+        admitted
+    }
+
+    /// As [`Group::admit`], for a collective whose results every rank receives.
+    pub(super) fn admit_all<T: Element>(&self, op: Op, x: &Tensor<T, B>) -> Result<()> {
+        self.admit(op, x, 0..self.size())
     }
 
     /// Adds to the numbers of messages that this rank has sent and received.

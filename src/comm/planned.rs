@@ -4,7 +4,7 @@ use super::{Call, Communicator, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
     device::{AnyMut, AnyRef, Meta},
     error::{Error, Result},
-    security::Channel,
+    security::{Channel, Roles},
 };
 
 /// One simulated rank of a group of any size. There are no other ranks: every collective returns at
@@ -42,6 +42,10 @@ impl Communicator<Meta> for Planned {
 
     fn channel(&self) -> Channel {
         Channel::MEMORY
+    }
+
+    fn roles(&self) -> Roles {
+        Roles::UNRESTRICTED
     }
 
     fn all_reduce(&self, _: &Call, _: ReduceOp, _: AnyMut<'_, Meta>) -> Result<()> {

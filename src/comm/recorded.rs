@@ -6,7 +6,7 @@ use super::{
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, DType, Device},
     error::{Error, Result},
-    security::{Channel, Policy},
+    security::{Channel, Policy, Roles},
 };
 use std::{cell::RefCell, fmt, rc::Rc, time::Duration};
 
@@ -96,6 +96,10 @@ impl<B: Device> Communicator<B> for Recorded<B> {
 
     fn policy(&self) -> Policy {
         self.inner.policy()
+    }
+
+    fn roles(&self) -> Roles {
+        self.inner.roles()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {

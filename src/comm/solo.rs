@@ -4,7 +4,7 @@ use super::{Call, Communicator, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
     device::{AnyMut, AnyRef, Device, Element, each_dtype, zeroed},
     error::{Error, Result, same_shape},
-    security::Channel,
+    security::{Channel, Roles},
 };
 
 /// The communicator of a single rank, on any device. A tensor-parallel layer on one rank is the
@@ -53,6 +53,10 @@ impl<B: Device> Communicator<B> for Solo<B> {
 
     fn channel(&self) -> Channel {
         Channel::MEMORY
+    }
+
+    fn roles(&self) -> Roles {
+        Roles::UNRESTRICTED
     }
 
     fn all_reduce(&self, _: &Call, _: ReduceOp, _: AnyMut<'_, B>) -> Result<()> {

@@ -4,7 +4,7 @@ use super::{Call, Collective, Communicator, InFlight, Incoming, Outgoing, Reduce
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Device, Element, each_dtype},
     error::{Error, Result},
-    security::{Channel, Policy},
+    security::{Channel, Policy, Roles},
 };
 use half::{bf16, f16};
 use std::rc::Rc;
@@ -82,6 +82,10 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
 
     fn policy(&self) -> Policy {
         self.host.policy()
+    }
+
+    fn roles(&self) -> Roles {
+        self.host.roles()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {

@@ -30,6 +30,7 @@ impl<B: Pointwise> Group<B> {
     /// When the group has already failed. `wait` reports later errors.
     #[track_caller]
     pub fn start_all_reduce<T: Element>(&self, op: ReduceOp, x: Tensor<T, B>) -> Result<Pending<T, B>> {
+        self.admit_all(Op::AllReduce, &x)?;
         let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
         let shape = x.shape();
         self.start(call, Collective::AllReduce(op), x, shape)
@@ -46,6 +47,7 @@ impl<B: Pointwise> Group<B> {
         dim: usize,
         partition: &Partition,
     ) -> Result<Pending<T, B>> {
+        self.admit_all(Op::AllGather, &x)?;
         let (call, shards, shape) = self.gather_call(&x, dim, partition)?;
         self.start(call, Collective::AllGather(shards), x, shape)
     }
@@ -62,6 +64,7 @@ impl<B: Pointwise> Group<B> {
         dim: usize,
         partition: &Partition,
     ) -> Result<Pending<T, B>> {
+        self.admit_all(Op::ReduceScatter, &x)?;
         let (call, shards, shape) = self.scatter_call(op, &x, dim, partition)?;
         self.start(call, Collective::ReduceScatter(op, shards), x, shape)
     }

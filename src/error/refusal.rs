@@ -31,9 +31,15 @@ pub enum Refusal {
     /// The key, or the name of the certificate, is that of another rank or another job.
     #[error("the key or the certificate is not that of the rank")]
     OtherRank,
+    /// The membership file has the key, but its role is not that of a rank.
+    #[error("the role of the key does not join a job as a rank")]
+    Role,
     /// The key, the certificate or the membership file has expired.
     #[error("the key, the certificate or the membership file has expired")]
     Expired,
+    /// One of the processes keeps an audit log, and the other does not.
+    #[error("only one of the two processes keeps an audit log (SHARDWISE_AUDIT_DIR)")]
+    OtherAudit,
     /// One of the processes uses TLS, and the other does not.
     #[error("only one of the two processes uses TLS")]
     Plaintext,

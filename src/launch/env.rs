@@ -5,7 +5,7 @@ use crate::{
     error::{Error, Result},
     security::{Identity, Policy, Secret},
 };
-use std::{cell::RefCell, env::VarError};
+use std::{cell::RefCell, env::VarError, path::PathBuf};
 
 const OP: &str = "launch";
 
@@ -42,6 +42,8 @@ const OP: &str = "launch";
 /// * With an [`Identity`] (`SHARDWISE_KEY` and others) the connections use TLS 1.3, and each rank
 ///   proves that it is that rank of that job. A token is then not required.
 /// * `SHARDWISE_POLICY` is the [`Policy`].
+/// * `SHARDWISE_AUDIT_DIR` is the folder for the [audit log](crate::security::audit) of each rank.
+///   Set it for every rank or for none.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -79,6 +81,8 @@ pub struct Env {
     pub identity: Option<Identity>,
     /// Which transports the job may use.
     pub policy: Policy,
+    /// The folder for this rank's audit log; none if the job keeps none.
+    pub audit: Option<PathBuf>,
 }
 
 /// The variables of one launcher.
@@ -238,7 +242,21 @@ impl Env {
         let token = text("SHARDWISE_TOKEN").unwrap_or_default().into();
         let identity = Identity::of(text)?;
         let policy = text(Policy::VARIABLE).map_or(Ok(Policy::Any), |text| text.parse())?;
+        let audit = text("SHARDWISE_AUDIT_DIR").map(PathBuf::from);
         let local_world = local_world.unwrap_or(if alone { world } else { 1 });
-        Ok(Self { rank, world, local_rank, local_world, host, port, job, epoch, token, identity, policy })
+        Ok(Self {
+            rank,
+            world,
+            local_rank,
+            local_world,
+            host,
+            port,
+            job,
+            epoch,
+            token,
+            identity,
+            policy,
+            audit,
+        })
     }
 }

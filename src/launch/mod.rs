@@ -4,6 +4,7 @@ mod env;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod processes;
+mod rank;
 mod rendezvous;
 mod threads;
 

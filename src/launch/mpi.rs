@@ -1,19 +1,17 @@
 //! Ranks that an MPI launcher has started.
 
-use super::Env;
+use super::{
+    Env,
+    rank::{Audit, audit_folder},
+};
 use crate::{
     comm::{self, Communicator, Group, Universe},
     device::Cpu,
     error::{Error, LostReason, Result},
-    security::Policy,
+    security::{Identity, Policy},
     trace,
 };
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
-    rc::Rc,
-    thread,
-    time::Duration,
-};
+use std::{panic::resume_unwind, rc::Rc, thread, time::Duration};
 
 /// How long a rank waits before it exits, so that other processes can print first.
 const REPORT: Duration = Duration::from_millis(100);
@@ -79,23 +77,38 @@ impl Mpi {
     /// `rank` what every process must report: no process returns before all have left.
     ///
     /// # Errors
-    /// When the policy refuses MPI ([`Error::NotEncrypted`]), when `rank` fails, or when this rank
+    /// When the policy refuses MPI ([`Error::NotEncrypted`]), when the environment has an
+    /// [`Identity`], when `rank` fails, or when this rank
     /// has not received a message that another rank sent to it. MPI's own errors end the process,
     /// as usual with MPI.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let policy = self.policy.map_or_else(Policy::read, Ok)?;
+        if Identity::of(|name| Some(std::env::var_os(name)?.to_string_lossy().into()))?.is_some() {
+            let reason = "MPI authenticates no rank, so keys and roles have no effect: unset SHARDWISE_KEY, or \
+                          start the ranks with `Env::run`";
+            return Err(Error::Unsupported { op: "identity", reason: reason.into() });
+        }
         // The variables may be those of another launcher, whose job has another number of ranks.
-        let one_machine =
-            |size| Env::read().is_ok_and(|env| env.world == size && env.local_world >= env.world);
+        let env = Env::read().ok();
+        let of_size = |size| env.as_ref().filter(|env| env.world == size);
+        let one_machine = |size| of_size(size).is_some_and(|env| env.local_world >= env.world);
         let universe = Universe::start(self.deadline, self.message_limit, policy, one_machine)?;
         let comm = universe.world();
         // The job's name from the launcher, or else a constant, because all processes need the same
         // name.
         let job = std::env::var("PMIX_NAMESPACE").or_else(|_| std::env::var("PMI_JOBID"));
-        trace::begin(job.unwrap_or_else(|_| "mpi".into()), comm.rank(), comm.size(), trace::folder());
+        let job = job.unwrap_or_else(|_| "mpi".into());
+        trace::begin(job.clone(), comm.rank(), comm.size(), trace::folder());
+        let (name, epoch) = of_size(comm.size()).map_or((&*job, 0), |env| (&*env.job, env.epoch));
+        let place = (name, epoch, comm.rank(), comm.size());
+        let audit =
+            Audit::start(audit_folder().as_deref(), place, None, |event| event.text("policy", policy));
         let admitted = policy.admit("MPI", comm.channel(), None);
         let world = Group::new(Rc::new(comm), &Cpu::new());
-        let result = catch_unwind(AssertUnwindSafe(|| admitted.and_then(|()| rank(world))));
+        let result = match &audit {
+            Ok(audit) => audit.run(world, |world| admitted.and_then(|()| rank(world))),
+            Err(error) => Ok(Err(error.clone())),
+        };
         trace::end(&result);
         let unread = match &result {
             Ok(Ok(_)) => universe.end(LostReason::Left, None),

@@ -1,17 +1,13 @@
 //! Ranks as processes that a launcher has started, connected over TCP.
 
-use super::{Env, rendezvous::Rendezvous};
+use super::{Env, rank::Audit, rendezvous::Rendezvous};
 use crate::{
     comm::{self, Group, Link},
     device::Cpu,
     error::{LostReason, Result},
     trace,
 };
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
-    rc::Rc,
-    time::Duration,
-};
+use std::{panic::resume_unwind, rc::Rc, time::Duration};
 
 /// The longest deadline: longer than any job, but short enough to add to an `Instant`.
 const FOREVER: Duration = Duration::from_secs(1 << 32);
@@ -28,10 +24,25 @@ impl Env {
     /// When not all ranks connect within the deadline, when `rank` fails, or when this rank has not
     /// received a message that another rank sent to it.
     pub fn run<R>(&self, deadline: Duration, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
-        let connections = Rendezvous::new(self)?.join(deadline.min(FOREVER))?;
+        let rendezvous = Rendezvous::new(self);
+        let place = (&*self.job, self.epoch, self.rank, self.world);
+        let signer = rendezvous.as_ref().ok().and_then(Rendezvous::signer);
+        let describe = |event| match &rendezvous {
+            Ok(rendezvous) => rendezvous.describe(event),
+            Err(_) => event,
+        };
+        let audit = Audit::start(self.audit.as_deref(), place, signer, describe)?;
+        let connections = rendezvous.and_then(|to| to.join(deadline.min(FOREVER), audit.log()));
+        let connections = match connections {
+            Ok(connections) => connections,
+            Err(error) => {
+                audit.end::<R>(&Ok(Err(error.clone())))?;
+                return Err(error);
+            }
+        };
         trace::begin(format!("{}.{}", self.job, self.epoch), self.rank, self.world, trace::folder());
         let world = Group::new(Rc::new(Link::world(&connections)), &Cpu::new());
-        let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
+        let result = audit.run(world, rank);
         trace::end(&result);
         connections.close(match &result {
             Ok(Ok(_)) => LostReason::Left,

@@ -1,6 +1,9 @@
 //! Ranks as threads of this process, without any installation or configuration.
 
-use super::MAX_RANKS;
+use super::{
+    MAX_RANKS,
+    rank::{Audit, audit_folder},
+};
 use crate::{
     comm::{
         self, Group,
@@ -8,12 +11,12 @@ use crate::{
     },
     device::Cpu,
     error::{Error, LostReason, Result},
+    security::{Role, Roles},
     trace,
 };
 use std::{
     any::Any,
     num::NonZeroUsize,
-    panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     rc::Rc,
     sync::{
@@ -65,13 +68,16 @@ pub struct Threads {
     device: fn() -> Cpu,
     gemm_threads: Option<NonZeroUsize>,
     flight: Option<PathBuf>,
+    roles: Roles,
+    audit: Option<PathBuf>,
 }
 
 impl Threads {
     /// Options for `ranks` ranks, each of which waits two minutes for the others in a collective.
     pub fn new(ranks: usize) -> Self {
         let deadline = Duration::from_secs(120);
-        Self { ranks, deadline, device: Cpu::new, gemm_threads: None, flight: trace::folder() }
+        let (flight, roles, audit) = (trace::folder(), Roles::UNRESTRICTED, audit_folder());
+        Self { ranks, deadline, device: Cpu::new, gemm_threads: None, flight, roles, audit }
     }
 
     /// Sets how long a rank waits for the others in one collective.
@@ -117,6 +123,29 @@ impl Threads {
     /// `SHARDWISE_FLIGHT_DIR`.
     pub fn flight(self, folder: impl Into<PathBuf>) -> Self {
         Self { flight: Some(folder.into()), ..self }
+    }
+
+    /// Sets the folder for the ranks' audit logs: see [`audit`](crate::security::audit). The
+    /// default is `SHARDWISE_AUDIT_DIR`.
+    pub fn audit(self, folder: impl Into<PathBuf>) -> Self {
+        Self { audit: Some(folder.into()), ..self }
+    }
+
+    /// Sets the role of each rank, as a membership file does for processes. Ranks without a role
+    /// are trainers. The default is no roles: every rank may see everything.
+    ///
+    /// ```
+    /// use shardwise::{prelude::*, security}; let roles = [security::Role::Checkpointer,
+    /// security::Role::Trainer]; let job = launch::Threads::new(2).roles(roles); let outcomes =
+    /// job.run_each(|world| { let (source, whole) = (Random::normal(1, 0.02), Region::whole([2]));
+    /// let from = Weights::new(&source); let w = Param::<f32, _>::load_region(world.device(),
+    /// &from, "w", Role::Bias, whole, true)?; world.all_gather(&w.value()?, 0, &Partition::even(4,
+    /// 2)).map(drop) })?; // Rank 1, a trainer, may not see the weights of rank 0.
+    /// assert!(matches!(outcomes[0], Err(Error::NotPermitted { role: "trainer", .. })));
+    /// # Ok::<(), Error>(())
+    /// ```
+    pub fn roles(self, roles: impl IntoIterator<Item = Role>) -> Self {
+        Self { roles: Roles::new(roles.into_iter().collect::<Vec<_>>()), ..self }
     }
 
     /// Runs the ranks and returns their results in rank order.
@@ -193,7 +222,12 @@ impl Threads {
                 None => device,
             };
             let world = Group::new(Rc::new(comm), &device);
-            let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
+            let audit =
+                Audit::start(self.audit.as_deref(), (&job, 0, number, self.ranks), None, |event| event);
+            let result = match &audit {
+                Ok(audit) => audit.run(world, rank),
+                Err(error) => Ok(Err(error.clone())),
+            };
             // This thread leaves all its groups now, even groups that `rank` has leaked. It leaves
             // before it writes its record, so that ranks that wait for it learn at once why it
             // left.
@@ -207,7 +241,7 @@ impl Threads {
             result
                 .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))
         };
-        let endpoints = ThreadComm::group(self.ranks, self.deadline);
+        let endpoints = ThreadComm::group(self.ranks, self.deadline, self.roles.clone());
         let unread = endpoints[0].unread();
         let mut outcomes = thread::scope(|scope| {
             let mut started = Vec::with_capacity(self.ranks);

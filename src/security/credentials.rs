@@ -5,7 +5,8 @@
 //! whether this is the key of the rank that the process claims to be.
 
 use super::{
-    Identity, Membership, PrivateKey, PublicKey,
+    Identity, Membership, PrivateKey, PublicKey, Roles,
+    audit::Signer,
     keys::{not_pem, read_file, unusable},
 };
 use crate::error::{Error, Refusal, Result};
@@ -44,6 +45,7 @@ pub(crate) struct Credentials {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
     ranks: Ranks,
+    signer: Option<Signer>,
     /// A hash of what all ranks must have in common.
     digest: [u8; 32],
 }
@@ -90,7 +92,7 @@ impl Credentials {
                 }
                 let configurations = raw_keys(&private).map_err(|error| unusable(key, error.to_string()))?;
                 let digest = list.digest();
-                Ok(Self::new(configurations, Ranks::Keys(Arc::new(list)), digest))
+                Ok(Self::new(configurations, Ranks::Keys(Arc::new(list)), Signer::of(&private), digest))
             }
             Identity::Certificate { key, certificate, authority, name } => {
                 if !name.contains("{rank}") || !name.contains("{job}") {
@@ -121,12 +123,17 @@ impl Credentials {
                 }
                 let configurations = x509(&private, chain, Arc::new(store));
                 let configurations = configurations.map_err(|reason| unusable(certificate, reason))?;
-                Ok(Self::new(configurations, ranks, hash.finalize().into()))
+                Ok(Self::new(configurations, ranks, Signer::of(&private), hash.finalize().into()))
             }
         }
     }
 
-    fn new((mut server, mut client): Configurations, ranks: Ranks, digest: [u8; 32]) -> Self {
+    fn new(
+        (mut server, mut client): Configurations,
+        ranks: Ranks,
+        signer: Option<Signer>,
+        digest: [u8; 32],
+    ) -> Self {
         server.alpn_protocols = vec![PROTOCOL.into()];
         client.alpn_protocols = vec![PROTOCOL.into()];
         // Every connection does the whole handshake, so no ticket has to be kept secret.
@@ -134,7 +141,20 @@ impl Credentials {
         server.session_storage = Arc::new(NoServerSessionStorage {});
         client.resumption = Resumption::disabled();
         client.enable_sni = false;
-        Self { server: Arc::new(server), client: Arc::new(client), ranks, digest }
+        Self { server: Arc::new(server), client: Arc::new(client), ranks, signer, digest }
+    }
+
+    /// The key with which this rank signs its audit log; none if it is not Ed25519.
+    pub(crate) fn signer(&self) -> Option<Signer> {
+        self.signer.clone()
+    }
+
+    /// The roles of the ranks; unrestricted with certificates, which have none.
+    pub(crate) fn roles(&self, world: usize) -> Roles {
+        match &self.ranks {
+            Ranks::Keys(list) => list.roles(world),
+            Ranks::Names(_) => Roles::UNRESTRICTED,
+        }
     }
 
     /// A hash of the membership file, or of the authorities and names of certificates.

@@ -25,11 +25,13 @@ mod keys;
 #[cfg(feature = "tls")]
 mod membership;
 mod policy;
+mod roles;
 mod secret;
 
 #[cfg(feature = "tls")]
 pub(crate) use credentials::Credentials;
 pub use identity::Identity;
+pub(crate) use policy::Terms;
 #[cfg(feature = "tls")]
 pub use {
     keys::{PrivateKey, PublicKey},
@@ -37,5 +39,6 @@ pub use {
 };
 pub use {
     policy::{Channel, Policy, Reach},
+    roles::{Role, Roles},
     secret::Secret,
 };

@@ -43,11 +43,13 @@ pub struct Tensor<T: Element = f32, B: Device = Cpu> {
     buffer: Rc<B::Buffer<T>>,
     shape: Shape,
     device: B,
+    /// Whether the elements are copies of a parameter's.
+    is_weight: bool,
 }
 
 impl<T: Element, B: Device> Clone for Tensor<T, B> {
     fn clone(&self) -> Self {
-        Self { buffer: Rc::clone(&self.buffer), shape: self.shape, device: self.device.clone() }
+        Self { buffer: Rc::clone(&self.buffer), device: self.device.clone(), ..*self }
     }
 }
 
@@ -100,7 +102,7 @@ impl<T: Element, B: Device> Tensor<T, B> {
         let shape = shape.into();
         let (len, wanted) = (B::len::<T>(B::slice(&buffer)), shape.checked_len(OP)?);
         same_size(OP, "the number of elements of the buffer", len, "that of the shape", wanted)?;
-        Ok(Self { buffer: Rc::new(buffer), shape, device: device.clone() })
+        Ok(Self { buffer: Rc::new(buffer), shape, device: device.clone(), is_weight: false })
     }
 
     /// Downloads the elements to the host, in row-major order.
@@ -136,6 +138,19 @@ impl<T: Element, B: Device> Tensor<T, B> {
     /// Whether another tensor shares the memory. If so, a write copies the memory first.
     pub fn is_shared(&self) -> bool {
         Rc::strong_count(&self.buffer) > 1
+    }
+
+    /// Whether this tensor is the value of a [`Param`], or a clone, reshape, conversion, slice or
+    /// concatenation of one. Collectives then check the [roles](crate::security::Role) of the ranks
+    /// that would receive it. What operators compute, and what [`Param::rows`] looks up, is no
+    /// weight.
+    pub fn is_weight(&self) -> bool {
+        self.is_weight
+    }
+
+    /// The same tensor, which is a weight from now on if `is_weight` holds.
+    pub(crate) fn weight_if(self, is_weight: bool) -> Self {
+        Self { is_weight: self.is_weight || is_weight, ..self }
     }
 
     /// Returns the same elements in another shape, without a copy.
@@ -188,7 +203,7 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
     pub fn convert<U: Element>(&self) -> Result<Tensor<U, B>> {
         let mut to = Tensor::empty(&self.device, self.shape)?;
         self.device.copy(self.mat(), to.mat_mut()?)?;
-        Ok(to)
+        Ok(to.weight_if(self.is_weight))
     }
 
     /// Returns this tensor if its element type is `U`, and otherwise converts the values to `U`.
@@ -199,9 +214,10 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
         if U::DTYPE != T::DTYPE {
             return self.convert();
         }
-        let (shape, device) = (self.shape, self.device.clone());
+        let (shape, device, is_weight) = (self.shape, self.device.clone(), self.is_weight);
         let buffer = T::any_buffer::<B>(self.into_buffer()?).of::<U>();
-        Tensor::from_buffer(&device, shape, buffer.expect("both element types are the same"))
+        let tensor = Tensor::from_buffer(&device, shape, buffer.expect("both element types are the same"))?;
+        Ok(tensor.weight_if(is_weight))
     }
 
     /// `y[i] = self[ids[i]]`, and 0 where `ids[i]` is [`NO_ROW`](crate::kernels::NO_ROW).

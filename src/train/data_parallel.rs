@@ -286,6 +286,7 @@ fn broadcast<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>], r
         if group.rank() != root {
             param.renew();
         }
-        group.broadcast(root, &mut *param.value_mut()?)
+        // `check_regions` has found that every rank holds these regions.
+        group.broadcast_replica(root, &mut *param.value_mut()?)
     })
 }

@@ -1,7 +1,7 @@
 //! A checkpoint as a source of weights.
 
 use super::{
-    file::DataFile,
+    file::{DataFile, log_opened},
     header::{self, Entry},
     index,
     layout::{Location, locate},
@@ -71,7 +71,7 @@ impl Checkpoint {
     /// * [`Error::MissingTensor`]: a file lacks a tensor that the index assigns to it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        match path {
+        let opened = match path {
             _ if path.is_dir() => {
                 // A concurrent save may remove files before this call opens them. The next attempt
                 // finds the files of the new checkpoint.
@@ -90,7 +90,9 @@ impl Checkpoint {
             }
             _ if path.extension().is_some_and(|extension| extension == "json") => Self::open_index(path),
             _ => Self::open_file(path),
-        }
+        }?;
+        log_opened(path, &opened.files)?;
+        Ok(opened)
     }
 
     fn open_folder(path: &Path) -> Result<Self> {

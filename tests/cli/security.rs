@@ -37,14 +37,15 @@ impl Folder {
         public.trim_end().into()
     }
 
-    /// Writes a list of two ranks. The key of rank 1 has expired.
-    fn list(&self) -> (String, [String; 2]) {
-        let (list, keys) = (self.path("list.json"), ["rank0", "rank1"].map(|name| self.key(name)));
+    /// Writes a list of two ranks and an auditor. The key of rank 1 has expired.
+    fn list(&self) -> (String, [String; 3]) {
+        let (list, keys) = (self.path("list.json"), ["rank0", "rank1", "ann"].map(|name| self.key(name)));
         let json = json!({
             "version": 1, "job": "train-7", "epochs": [0, 9], "not_after": "2999-01-31T00:00:00Z",
             "members": [
-                { "rank": 0, "key": keys[0] },
-                { "rank": 1, "key": keys[1], "not_after": "2001-01-01T00:00:00Z" },
+                { "name": "ann", "role": "auditor", "key": keys[2] },
+                { "rank": 0, "role": "checkpointer", "key": keys[0] },
+                { "rank": 1, "role": "trainer", "key": keys[1], "not_after": "2001-01-01T00:00:00Z" },
             ],
         });
         fs::write(&list, json.to_string()).unwrap();
@@ -103,8 +104,9 @@ fn lists_are_signed_and_checked() {
     let check = ["membership", "check", &*list, "--owner", &*owner];
     let lines = [
         "job train-7, epochs 0 to 9, expires at 2999-01-31T00:00:00Z".to_string(),
-        format!("rank 0: {}, expires at 2999-01-31T00:00:00Z", keys[0]),
-        format!("rank 1: {}, expired at 2001-01-01T00:00:00Z", keys[1]),
+        format!("rank 0: checkpointer, {}, expires at 2999-01-31T00:00:00Z", keys[0]),
+        format!("rank 1: trainer, {}, expired at 2001-01-01T00:00:00Z", keys[1]),
+        format!("auditor ann: {}, expires at 2999-01-31T00:00:00Z", keys[2]),
     ];
     assert_eq!(works(&check), lines.map(|line| line + "\n").concat());
 

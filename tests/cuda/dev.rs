@@ -9,6 +9,7 @@ use shardwise::{
     },
     device::{Cpu, Cuda},
     launch::Threads,
+    security::Role,
 };
 use std::time::Duration;
 
@@ -60,7 +61,9 @@ pub(crate) struct Ranks(Threads);
 
 pub(crate) fn ranks(world: usize) -> Ranks {
     needed();
-    Ranks(Threads::new(world).deadline(Duration::from_secs(60)))
+    // As on thread ranks: only the first rank may see the weights of the others.
+    let role = |rank| if rank == 0 { Role::Checkpointer } else { Role::Trainer };
+    Ranks(Threads::new(world).deadline(Duration::from_secs(60)).roles((0..world).map(role)))
 }
 
 impl Ranks {

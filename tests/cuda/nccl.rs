@@ -293,18 +293,57 @@ fn processes_have_the_same_collectives() {
     }
 }
 
+/// The roles of the control group hold for NCCL too.
+#[test]
+fn weights_go_only_to_ranks_that_may_see_them() {
+    use shardwise::{
+        parallel::{Bias, ColumnLinear, Columns, Layer},
+        security::Role::{Checkpointer, Trainer},
+        tensor::{Random, Weights},
+        weights::{self, Checkpoint},
+    };
+    for _ in dev::worlds([2]) {
+        let folder = tempfile::tempdir().unwrap();
+        let job = ranks(2).roles([Trainer, Checkpointer]);
+        let run = job.run(|group| {
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
+            let (source, columns) = (Random::normal(1, 0.5), Columns::even(&nccl, 5)?);
+            let layer =
+                ColumnLinear::<f32, Dev>::load(&nccl, &Weights::new(&source), 4, &columns, Bias::Add)?;
+            let w = layer.params()[0].value()?;
+            let outcomes = [
+                nccl.all_gather(&w, 0, columns.partition()).map(drop),
+                nccl.all_reduce(ReduceOp::Sum, &mut w.clone()),
+                nccl.start_all_reduce(ReduceOp::Sum, w.clone()).and_then(|pending| pending.wait()).map(drop),
+                nccl.split_all(0)?.broadcast(1, &mut w.clone()),
+                group.staged(nccl.device()).all_reduce(ReduceOp::Sum, &mut w.clone()),
+            ];
+            for outcome in outcomes {
+                let role = "trainer";
+                assert!(
+                    matches!(&outcome, Err(Error::NotPermitted { role: of, .. }) if *of == role),
+                    "{outcome:?}"
+                );
+            }
+            weights::save(&nccl, &layer.params(), folder.path())
+        });
+        run.unwrap();
+        assert_eq!(Checkpoint::open(folder.path()).unwrap().names().count(), 2);
+    }
+}
+
 /// NCCL encrypts nothing, so a policy refuses it between machines, while what is staged over the
 /// encrypted connections passes.
 #[cfg(feature = "cli")]
 #[test]
 fn a_policy_refuses_nccl_between_machines() {
-    use shardwise::security::{Channel, Identity, Member, Membership, Policy, PrivateKey, Reach};
+    use shardwise::security::{Channel, Identity, Member, Membership, Policy, PrivateKey, Reach, Role};
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let (owner, keys) = (PrivateKey::generate().unwrap(), [(); 2].map(|()| PrivateKey::generate().unwrap()));
     let members = keys.iter().enumerate().map(|(rank, key)| {
         key.write(path(&format!("{rank}.pem"))).unwrap();
-        Member { rank, key: key.public().clone(), not_after: None }
+        Member::rank(rank, Role::Trainer, key.public().clone())
     });
     Membership::new("job", 0..=0, None, members).unwrap().write(path("membership.json"), &owner).unwrap();
     std::fs::write(path("owner.pub"), owner.public().to_pem()).unwrap();

@@ -72,7 +72,11 @@ fn policy() {
         "{}",
         text(&unknown)
     );
-    println!("ok: MPI is refused by a policy, between machines only");
+    let key = ["SHARDWISE_KEY", "SHARDWISE_MEMBERSHIP", "SHARDWISE_OWNER"].map(|name| (name, "file"));
+    let identity = mpirun(2, &[&[none], &key[..]].concat()).output().unwrap();
+    let words = "identity: not supported: MPI authenticates no rank";
+    assert!(!identity.status.success() && text(&identity).contains(words), "{}", text(&identity));
+    println!("ok: MPI is refused by a policy, between machines only, and with an identity");
 }
 
 pub(crate) fn drive() {

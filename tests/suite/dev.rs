@@ -1,7 +1,7 @@
 //! The device of this binary: the CPU, with fresh tensors of NaN. `tests/cuda/dev.rs` is its
 //! counterpart for GPUs, so that the tests of operators, layers and models run on both.
 
-use shardwise::{device::Cpu, launch::Threads};
+use shardwise::{device::Cpu, launch::Threads, security::Role};
 use std::time::Duration;
 
 /// The group sizes of slow tests.
@@ -28,7 +28,10 @@ pub(crate) fn another_handle(_: &Dev) -> Dev {
     Cpu::poisoned()
 }
 
-/// Thread ranks whose fresh tensors are NaN.
+/// Thread ranks whose fresh tensors are NaN. Only the first may see the weights of the others, so
+/// that every test also shows that the library sends a weight to no other rank.
 pub(crate) fn ranks(world: usize) -> Threads {
-    Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))
+    let role = |rank| if rank == 0 { Role::Checkpointer } else { Role::Trainer };
+    let ranks = Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60));
+    ranks.roles((0..world).map(role))
 }

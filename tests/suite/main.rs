@@ -1,5 +1,7 @@
 //! The integration tests in one binary, with one module per area.
 
+mod access;
+mod audit;
 mod block;
 mod circles;
 mod collectives;

@@ -5,7 +5,7 @@ use shardwise::{
     comm::Group,
     device::Cpu,
     launch::Env,
-    security::{Identity, Member, Membership, PrivateKey},
+    security::{Identity, Member, Membership, PrivateKey, Role},
 };
 use std::{
     fs,
@@ -76,7 +76,7 @@ impl Job {
     /// The members, with each rank's own key.
     pub(crate) fn members(&self) -> Vec<Member> {
         let member =
-            |(rank, key): (usize, &PrivateKey)| Member { rank, key: key.public().clone(), not_after: None };
+            |(rank, key): (usize, &PrivateKey)| Member::rank(rank, Role::Checkpointer, key.public().clone());
         self.keys.iter().enumerate().map(member).collect()
     }
 

@@ -9,9 +9,11 @@ macro_rules! with {
     }};
 }
 
+mod audit;
 mod certificates;
 mod data;
 mod job;
 mod refusals;
 #[path = "../suite/relay.rs"]
 mod relay;
+mod roles;

@@ -16,7 +16,7 @@ use rustls::{
 use shardwise::{
     Error, Refusal, Result,
     launch::Env,
-    security::{Membership, PrivateKey},
+    security::{Member, Membership, PrivateKey, Role},
 };
 use std::{
     fs,
@@ -75,13 +75,22 @@ fn a_process_that_is_not_the_rank_is_refused_with_the_reason_on_both_sides() {
         [members[1].key, members[2].key] = keys;
     });
     both(own(0), with(1, "rank2.pem", &list), Refusal::OtherRank);
+    // Rank 0's list has the visitor's key, as that of an auditor.
+    let list = job.list("auditor.json", |members| {
+        members[1].key = other.public().clone();
+        members.push(Member::named("ann", Role::Auditor, job.keys[1].public().clone()));
+    });
+    both(with(0, "rank0.pem", &list), own(1), Refusal::Role);
+    // The same keys with other roles.
+    let list = job.list("roles.json", |members| members[1].role = Role::Trainer);
+    both(own(0), with(1, "rank1.pem", &list), Refusal::OtherMembership);
     let list = job.list("expired.json", |members| {
         members[1].not_after = Some(SystemTime::now() - Duration::from_secs(1));
     });
     both(with(0, "rank0.pem", &list), own(1), Refusal::Expired);
     // The same keys in another file.
     let list = job.list("more.json", |members| {
-        members.push(shardwise::security::Member { rank: 7, key: other.public().clone(), not_after: None });
+        members.push(Member::rank(7, Role::Trainer, other.public().clone()));
     });
     both(own(0), with(1, "rank1.pem", &list), Refusal::OtherMembership);
     both(own(0), with!(own(1), epoch = 1), Refusal::OtherEpoch);

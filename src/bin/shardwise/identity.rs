@@ -2,7 +2,7 @@
 
 use shardwise::{
     Error, Result,
-    security::{Member, Membership, PrivateKey},
+    security::{Member, Membership, PrivateKey, Role},
 };
 use std::{fs, path::PathBuf};
 
@@ -20,7 +20,8 @@ impl Identities {
         let member = |rank| {
             let key = PrivateKey::generate()?;
             key.write(this.key(rank))?;
-            Ok(Member { rank, key: key.public().clone(), not_after: None })
+            // Every rank of a local job belongs to the user who started it.
+            Ok(Member::rank(rank, Role::Checkpointer, key.public().clone()))
         };
         let members = (0..ranks).map(member).collect::<Result<Vec<_>>>()?;
         Membership::new(job, 0..=0, None, members)?.write(this.membership(), &owner)?;

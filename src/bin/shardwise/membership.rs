@@ -17,7 +17,7 @@ pub(crate) enum Command {
         #[arg(long)]
         key: PathBuf,
     },
-    /// Verifies the signature of a list and prints its ranks.
+    /// Verifies the signature of a list and prints its members.
     Check {
         /// The list, in JSON.
         file: PathBuf,
@@ -42,15 +42,16 @@ impl Command {
     }
 }
 
-/// The job, epochs and expiry of a list, then a line for each rank. A rank's key expires with the
-/// list, or before it.
+/// The job, epochs and expiry of a list, then a line for each member. A key expires with the list,
+/// or before it.
 fn describe(list: &Membership, now: SystemTime) -> String {
     let (first, last) = list.epochs().into_inner();
     let mut text =
         format!("job {}, epochs {first} to {last}, {}\n", list.job(), expiry(list.not_after(), now));
     for member in list.members() {
         let not_after = member.not_after.into_iter().chain(list.not_after()).min();
-        let _ = writeln!(text, "rank {}: {}, {}", member.rank, member.key, expiry(not_after, now));
+        let role = member.rank.map_or(String::new(), |_| format!("{}, ", member.role));
+        let _ = writeln!(text, "{member}: {role}{}, {}", member.key, expiry(not_after, now));
     }
     text
 }

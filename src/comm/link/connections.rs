@@ -13,7 +13,7 @@ use super::{
 use crate::{
     comm::call::never_received,
     error::{Error, LostReason},
-    security::{Channel, Policy},
+    security::Terms,
 };
 use std::{
     collections::HashMap,
@@ -39,8 +39,7 @@ pub(super) struct Transport {
     pub(super) rank: usize,
     pub(super) world: usize,
     pub(super) deadline: Duration,
-    pub(super) channel: Channel,
-    pub(super) policy: Policy,
+    pub(super) terms: Terms,
     inbox: Mutex<Inbox>,
     news: Condvar,
     /// The number of external steps that this rank has reached, by the id of their work.
@@ -290,7 +289,7 @@ impl Connections {
     pub(crate) fn new(
         rank: usize,
         deadline: Duration,
-        (channel, policy): (Channel, Policy),
+        terms: Terms,
         peers: Vec<Option<(Wire, Option<Keyed>)>>,
     ) -> io::Result<Self> {
         let (mut readers, mut writers) = (Vec::new(), Vec::new());
@@ -320,8 +319,7 @@ impl Connections {
                 rank,
                 world,
                 deadline,
-                channel,
-                policy,
+                terms,
                 inbox,
                 news,
                 steps,
@@ -415,7 +413,7 @@ impl Drop for Connections {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::security::Reach;
+    use crate::security::{Channel, Policy, Reach, Roles};
     use hmac::KeyInit;
     use std::net::{TcpListener, TcpStream};
 
@@ -427,8 +425,10 @@ mod tests {
         let (here, _) = listener.accept().unwrap();
         let nonces = Keyed::new_from_slice(b"token and nonces").unwrap();
         let wire = |tcp: TcpStream| Some((Wire::plain(tcp.into()), Some(nonces.clone())));
-        let kind = (Channel::plaintext(Reach::Machine), Policy::Any);
-        let connections = |rank, peers| Connections::new(rank, Duration::from_secs(60), kind, peers).unwrap();
+        let channel = Channel::plaintext(Reach::Machine);
+        let terms = Terms { channel, policy: Policy::Any, roles: Roles::UNRESTRICTED };
+        let connections =
+            |rank, peers| Connections::new(rank, Duration::from_secs(60), terms.clone(), peers).unwrap();
         let first = connections(0, vec![None, wire(here)]);
         let second = connections(1, vec![wire(there), None]);
         second.transport().record_steps(7, 3);

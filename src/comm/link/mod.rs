@@ -29,7 +29,7 @@ use super::{
 use crate::{
     device::{AnyMut, AnyRef, Cpu, each_dtype},
     error::{Error, LostReason, Mismatch, Result},
-    security::{Channel, Policy},
+    security::{Channel, Policy, Roles},
 };
 use connections::Transport;
 use frame::{Frame, Kind, Numbers, Strings, from_numbers};
@@ -253,11 +253,17 @@ impl Communicator<Cpu> for Link {
     }
 
     fn channel(&self) -> Channel {
-        self.transport.channel
+        self.transport.terms.channel
     }
 
     fn policy(&self) -> Policy {
-        self.transport.policy
+        self.transport.terms.policy
+    }
+
+    fn roles(&self) -> Roles {
+        let world = &self.transport.terms.roles;
+        let members = world.of_members(&self.members);
+        world.role(0).map_or(Roles::UNRESTRICTED, |relay| members.relayed(relay, self.members.contains(&0)))
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {

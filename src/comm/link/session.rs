@@ -181,7 +181,7 @@ fn invalid(error: rustls::Error) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::security::{Identity, Member, Membership, PrivateKey};
+    use crate::security::{Identity, Member, Membership, PrivateKey, Role};
     use std::{
         net::{Shutdown, TcpListener},
         sync::atomic::{AtomicBool, Ordering},
@@ -233,7 +233,7 @@ mod tests {
         let members = [0, 1].map(|rank| {
             let key = PrivateKey::generate().unwrap();
             key.write(&keys[rank]).unwrap();
-            Member { rank, key: key.public().clone(), not_after: None }
+            Member::rank(rank, Role::Trainer, key.public().clone())
         });
         let (membership, public) = (path("membership.json"), path("owner.pub"));
         std::fs::write(&public, owner.public().to_pem()).unwrap();

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, each_dtype},
     error::{Error, LostReason, Mismatch, Result},
-    security::{Channel, Policy, Reach},
+    security::{Channel, Policy, Reach, Roles},
 };
 use ::mpi::{Threading, environment};
 use engine::{Engine, MESSAGE};
@@ -175,6 +175,11 @@ impl Communicator<Cpu> for MpiComm {
 
     fn policy(&self) -> Policy {
         self.engine.policy
+    }
+
+    /// MPI authenticates no rank.
+    fn roles(&self) -> Roles {
+        Roles::UNRESTRICTED
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {

@@ -10,7 +10,7 @@ use crate::{
     },
     device::{AnyBuffer, AnyMut, AnyRef, each_dtype},
     error::{Error, Result},
-    security::{Channel, Policy},
+    security::{Channel, Policy, Roles},
 };
 use std::rc::Rc;
 
@@ -30,6 +30,11 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
 
     fn policy(&self) -> Policy {
         self.control.policy()
+    }
+
+    /// The ranks' GPUs send each other tensors without the relay of `control`.
+    fn roles(&self) -> Roles {
+        self.control.roles().direct()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {

@@ -114,7 +114,7 @@ mod tests {
             comm.barrier(&call(Op::Barrier, 2, 0)).unwrap();
         };
         thread::scope(|scope| {
-            for endpoint in ThreadComm::group(2, Duration::from_secs(60)) {
+            for endpoint in ThreadComm::group(2, Duration::from_secs(60), Roles::UNRESTRICTED) {
                 scope.spawn(move || rank(endpoint));
             }
         });
@@ -128,7 +128,7 @@ mod tests {
         {
             for lost in 0..size {
                 thread::scope(|scope| {
-                    for endpoint in ThreadComm::group(size, Duration::from_secs(60)) {
+                    for endpoint in ThreadComm::group(size, Duration::from_secs(60), Roles::UNRESTRICTED) {
                         scope.spawn(move || rank(endpoint, lost, op, len));
                     }
                 });

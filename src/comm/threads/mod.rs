@@ -26,7 +26,7 @@ use super::{
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, Element, each_dtype},
     error::{Error, Result},
-    security::Channel,
+    security::{Channel, Roles},
     shard::Partition,
 };
 use shared::{Shared, SplitRequest};
@@ -57,8 +57,8 @@ pub struct ThreadComm {
 
 impl ThreadComm {
     /// Creates a group of `size` threads. Returns one endpoint per thread, in rank order.
-    pub(crate) fn group(size: usize, deadline: Duration) -> Vec<Endpoint> {
-        let shared = Arc::new(Shared::world(size, deadline));
+    pub(crate) fn group(size: usize, deadline: Duration, roles: Roles) -> Vec<Endpoint> {
+        let shared = Arc::new(Shared::world(size, deadline, roles));
         (0..size).map(|rank| Endpoint { shared: Arc::clone(&shared), rank }).collect()
     }
 
@@ -233,6 +233,10 @@ impl Communicator<Cpu> for ThreadComm {
 
     fn channel(&self) -> Channel {
         Channel::MEMORY
+    }
+
+    fn roles(&self) -> Roles {
+        self.endpoint.shared.roles()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {

@@ -23,7 +23,7 @@ const RANKS: usize = 8;
 fn explore(size: usize, schedules: usize, rank: impl Fn(ThreadComm) + Send + Sync + 'static) {
     let rank = Arc::new(rank);
     let ranks = move || {
-        let endpoints = ThreadComm::group(size, Duration::from_secs(60)).into_iter();
+        let endpoints = ThreadComm::group(size, Duration::from_secs(60), Roles::UNRESTRICTED).into_iter();
         let started = endpoints.map(|endpoint| {
             let rank = Arc::clone(&rank);
             thread::spawn(move || rank(ThreadComm::join(endpoint, Rc::default())))

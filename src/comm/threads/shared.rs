@@ -14,6 +14,7 @@ use crate::{
     comm::{Call, ExternalStep, Incoming, Outgoing},
     device::Cpu,
     error::{Error, LostReason, Mismatch, Result},
+    security::Roles,
 };
 use std::{
     collections::HashMap,
@@ -54,6 +55,8 @@ pub(super) struct Shared {
     steps: Mutex<Vec<HashMap<u64, u64>>>,
     /// The world ranks of the group.
     members: Vec<usize>,
+    /// The roles of the world's ranks.
+    roles: Roles,
     /// How many times waiters spin. Groups that are split from the world use the world's number.
     spins: u32,
     /// The group's failures, in order. The first failure broke the group.
@@ -82,19 +85,26 @@ pub(super) struct SplitRequest {
 
 impl Shared {
     /// The group of all ranks of a program.
-    pub(super) fn world(size: usize, deadline: Duration) -> Self {
+    pub(super) fn world(size: usize, deadline: Duration, roles: Roles) -> Self {
         // With fewer processors than ranks, spinning takes processor time from ranks that have yet
         // to arrive.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let spins = if size <= processors { SPINS } else { 0 };
-        Self::new("world".into(), (0..size).collect(), deadline, spins, Unread::default())
+        Self::new("world".into(), ((0..size).collect(), roles), deadline, spins, Unread::default())
     }
 
-    fn new(name: String, members: Vec<usize>, deadline: Duration, spins: u32, unread: Unread) -> Self {
+    fn new(
+        name: String,
+        (members, roles): (Vec<usize>, Roles),
+        deadline: Duration,
+        spins: u32,
+        unread: Unread,
+    ) -> Self {
         let size = members.len();
         Self {
             name,
             members,
+            roles,
             deadline,
             spins,
             barrier: Barrier::new(size, spins),
@@ -115,6 +125,11 @@ impl Shared {
 
     pub(super) fn size(&self) -> usize {
         self.slots.len()
+    }
+
+    /// The roles of the group's ranks.
+    pub(super) fn roles(&self) -> Roles {
+        self.roles.of_members(&self.members)
     }
 
     /// Arrives at the first round of operation `at`, waits for the other ranks, and compares the
@@ -395,7 +410,8 @@ impl Shared {
             .ok_or_else(|| Error::invalid(call.op.name(), "no rank of the split has this rank's color"))?;
         let subgroup = Arc::clone(self.lock(&self.subgroups).entry(color).or_insert_with(|| {
             let ranks = members.iter().map(|member| self.members[member.rank]).collect();
-            Arc::new(Self::new(name.into(), ranks, self.deadline, self.spins, Arc::clone(&self.unread)))
+            let members = (ranks, self.roles.clone());
+            Arc::new(Self::new(name.into(), members, self.deadline, self.spins, Arc::clone(&self.unread)))
         }));
         // Clears a recorded loss of a rank of the new group, because that rank has only left
         // another group.
@@ -458,7 +474,7 @@ mod tests {
 
     #[test]
     fn memory_grows_with_the_ranks_not_with_their_pairs() {
-        let world = Shared::world(100, Duration::MAX);
+        let world = Shared::world(100, Duration::MAX, Roles::UNRESTRICTED);
         assert_eq!(world.mail.len(), 100);
         assert!(world.mail.iter().all(|mail| world.lock(mail).is_empty()));
     }

@@ -4,6 +4,7 @@ use super::{HELLO, MAGIC, PATIENCE, Peer, REFUSED, Rendezvous, code, nonce, refu
 use crate::{
     comm::{ConnectError, Wire, linger, lock},
     error::{Error, Refusal, Result},
+    security::audit::{AuditLog, Event},
 };
 use std::{
     collections::VecDeque,
@@ -19,6 +20,8 @@ use std::{
 
 /// Rank 0 examines at most this many connections plus the number of ranks at a time.
 const EXAMINED: usize = 64;
+/// The audit log has at most this many refusals of a start, so that nobody can fill the disk.
+const AUDITED: u64 = 1000;
 /// The first byte of a connection that uses TLS: the type of the record of a handshake.
 const TLS_HANDSHAKE: u8 = 22;
 
@@ -28,6 +31,7 @@ struct Board {
     admitted: Mutex<Vec<Option<Peer>>>,
     /// The number of refused connections, and the last reason that is known.
     refused: Mutex<(u64, Option<Refusal>)>,
+    audit: Option<AuditLog>,
 }
 
 /// A connection that is being examined. Its thread holds it until it has reported a refusal.
@@ -39,10 +43,10 @@ struct Examined {
 
 impl Rendezvous {
     /// Rank 0: accepts the connections of all other ranks.
-    pub(super) fn host(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
+    pub(super) fn host(&self, deadline: Duration, audit: Option<&AuditLog>) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
         let admitted = Mutex::new((0..self.world).map(|_| None).collect());
-        let board = Arc::new(Board { admitted, refused: Mutex::default() });
+        let board = Arc::new(Board { admitted, refused: Mutex::default(), audit: audit.cloned() });
         if self.world > 1 {
             let listener = self.listen(begin, deadline)?;
             // The connections under examination, oldest first.
@@ -128,8 +132,13 @@ impl Rendezvous {
         refused.0 += 1;
         let ConnectError::Refused(reason) = error else { return };
         refused.1 = Some(reason.clone());
+        let is_audited = refused.0 <= AUDITED;
         drop(refused);
         let peer = tcp.peer_addr().map_or("?".into(), |address| address.to_string());
+        if let Some(audit) = board.audit.as_ref().filter(|_| is_audited) {
+            // If the log fails, the next event of this rank reports it.
+            let _ = audit.write(&Event::new("refuse").text("peer", &peer).text("reason", &reason));
+        }
         tracing::warn!(target: "shardwise", rank = self.rank, %peer, %reason, "a connection is refused");
         if matches!(reason, Refusal::Plaintext | Refusal::OtherUser) {
             let plain = Wire::plain(Arc::clone(tcp));
@@ -173,7 +182,7 @@ impl Rendezvous {
         let (mut hello, mut proof) = ([0; HELLO], [0; 32]);
         wire.read_until(&mut hello, until)?;
         wire.read_until(&mut proof, until)?;
-        let visitor = &hello[HELLO - 32..];
+        let visitor = &hello[88..120];
         let rank = number(&hello, 0);
         let is_proved = self.proves(b"visitor", &[&binding, &nonce, &hello], &proof);
         let verdict = if is_proved { self.verdict(&wire, &hello) } else { Err(Refusal::OtherToken) };
@@ -212,7 +221,10 @@ impl Rendezvous {
         if number(hello, 8) != self.world {
             return Err(Refusal::OtherWorld);
         }
-        if hello[56..88] != self.membership() { Err(Refusal::OtherMembership) } else { Ok(()) }
+        if hello[56..88] != self.membership() {
+            return Err(Refusal::OtherMembership);
+        }
+        if hello[120] != u8::from(self.is_audited) { Err(Refusal::OtherAudit) } else { Ok(()) }
     }
 }
 

@@ -5,11 +5,12 @@
 //! | from | bytes |
 //! |---|---|
 //! | both | a magic number of 8 bytes; rank 0 also a nonce of 32 |
-//! | the visitor | a hello: rank, number of ranks, epoch, two hashes, a nonce; and a proof |
+//! | the visitor | a hello: rank, world, epoch, two hashes, a nonce, a byte; and a proof |
 //! | rank 0 | its verdict, a byte; and a proof |
 //! | rank 0 | a byte when all ranks have connected |
 //!
-//! The hashes are those of the job's name and of the membership file. A proof is the HMAC-SHA-256
+//! The hashes are those of the job's name and of the membership file. The byte is 1 if the visitor
+//! keeps an audit log, because all ranks of a job have to do the same. A proof is the HMAC-SHA-256
 //! of the other side's nonce and the sender's message, with the shared token as key. Over TLS it
 //! also covers 32 bytes that are exported from the session, so it proves nothing on another
 //! connection. Nobody without the token can imitate either side, and nobody can replay a recorded
@@ -34,7 +35,10 @@ use super::Env;
 use crate::{
     comm::{Connections, Keyed, Wire},
     error::{Error, Refusal, Result},
-    security::{Channel, Policy, Reach, Secret},
+    security::{
+        Channel, Reach, Roles, Secret, Terms,
+        audit::{self, AuditLog, Event, Signer},
+    },
 };
 use hmac::{Hmac, KeyInit, Mac};
 use secure::Secure;
@@ -52,8 +56,8 @@ const MAGIC: &[u8; 8] = b"SHWISE02";
 const REFUSED: &[u8; 8] = b"SHWREFUS";
 /// How long the handshake of one connection may take.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// The length of a hello: three numbers, two hashes and a nonce.
-const HELLO: usize = 120;
+/// The length of a hello: three numbers, two hashes, a nonce, and whether there is an audit log.
+const HELLO: usize = 121;
 
 type Bytes32 = [u8; 32];
 /// A connection to another rank and, without TLS, the key that authenticates its frames.
@@ -72,12 +76,13 @@ pub(super) struct Rendezvous {
     job: Bytes32,
     token: Secret,
     secure: Option<Arc<Secure>>,
-    policy: Policy,
-    channel: Channel,
+    terms: Terms,
+    /// Whether this rank keeps an audit log.
+    is_audited: bool,
 }
 
 /// The refusals that one process reports to the other, by number. Number 0 is the welcome.
-const VERDICTS: [Refusal; 12] = [
+const VERDICTS: [Refusal; 14] = [
     Refusal::OtherToken,
     Refusal::OtherJob,
     Refusal::OtherEpoch,
@@ -90,6 +95,8 @@ const VERDICTS: [Refusal; 12] = [
     Refusal::Expired,
     Refusal::Plaintext,
     Refusal::OtherUser,
+    Refusal::Role,
+    Refusal::OtherAudit,
 ];
 
 /// The number of a refusal.
@@ -153,6 +160,8 @@ impl Rendezvous {
         };
         let channel = Channel { reach, encrypted: env.identity.is_some() && env.world > 1 };
         env.policy.admit("Link", channel, None)?;
+        let secure = Secure::load(env)?.map(Arc::new);
+        let roles = secure.as_ref().map_or(Roles::UNRESTRICTED, |secure| secure.roles(env.world));
         Ok(Self {
             addresses,
             listens,
@@ -161,23 +170,42 @@ impl Rendezvous {
             epoch: env.epoch,
             job: Sha256::digest(env.job.as_bytes()).into(),
             token: env.token.clone(),
-            secure: Secure::load(env)?.map(Arc::new),
-            policy: env.policy,
-            channel,
+            secure,
+            is_audited: env.audit.is_some(),
+            terms: Terms { channel, policy: env.policy, roles },
         })
     }
 
-    /// Connects all ranks. Returns when all of them have connected.
-    pub(super) fn join(&self, deadline: Duration) -> Result<Connections> {
-        let peers = if self.rank == 0 { self.host(deadline)? } else { self.visit(deadline)? };
+    /// The key with which this rank signs its audit log.
+    pub(super) fn signer(&self) -> Option<Signer> {
+        self.secure.as_ref().and_then(|secure| secure.signer())
+    }
+
+    /// Adds to the audit log's `start` how this rank joins.
+    pub(super) fn describe(&self, event: Event) -> Event {
+        let event = event.text("policy", self.terms.policy).text("channel", self.terms.channel);
+        let event = match &self.secure {
+            Some(_) => event.text("membership", audit::hex(&self.membership())),
+            None => event,
+        };
+        match self.terms.roles.role(self.rank) {
+            Some(role) => event.text("role", role),
+            None => event,
+        }
+    }
+
+    /// Connects all ranks. Returns when all of them have connected. Rank 0 writes the connections
+    /// that it refuses to `audit`.
+    pub(super) fn join(&self, deadline: Duration, audit: Option<&AuditLog>) -> Result<Connections> {
+        let peers = if self.rank == 0 { self.host(deadline, audit)? } else { self.visit(deadline)? };
         for (wire, _) in peers.iter().flatten() {
             // On a socket for IPv4 and IPv6, an address of IPv4 is a mapped one.
             for address in [wire.tcp().local_addr(), wire.tcp().peer_addr()] {
                 let address = address.ok().map(|address| address.ip().to_canonical());
-                self.policy.admit("Link", self.channel, address)?;
+                self.terms.policy.admit("Link", self.terms.channel, address)?;
             }
         }
-        Connections::new(self.rank, deadline, (self.channel, self.policy), peers)
+        Connections::new(self.rank, deadline, self.terms.clone(), peers)
             .map_err(|error| self.failed("cannot set up the connections", error))
     }
 

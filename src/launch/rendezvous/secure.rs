@@ -5,6 +5,7 @@ use crate::{
     comm::{ConnectError, Wire},
     error::{Refusal, Result},
     launch::Env,
+    security::{Roles, audit::Signer},
 };
 use std::{io, net::TcpStream, sync::Arc, time::Instant};
 
@@ -19,6 +20,16 @@ impl Secure {
     pub(super) fn load(env: &Env) -> Result<Option<Self>> {
         let load = |identity| crate::security::Credentials::load(identity, &env.job, env.epoch, env.rank);
         Ok(env.identity.as_ref().map(load).transpose()?.map(Self))
+    }
+
+    /// The key with which this rank signs its audit log.
+    pub(super) fn signer(&self) -> Option<Signer> {
+        self.0.signer()
+    }
+
+    /// The roles of the job's ranks.
+    pub(super) fn roles(&self, world: usize) -> Roles {
+        self.0.roles(world)
     }
 
     /// A hash of what all ranks must have in common.
@@ -58,6 +69,14 @@ impl Secure {
         let reason = "this program was built without TLS: enable the feature `tls` of shardwise".into();
         let refuse = |_| crate::Error::Unsupported { op: "identity", reason };
         env.identity.as_ref().map_or(Ok(None), |identity| Err(refuse(identity)))
+    }
+
+    pub(super) fn signer(&self) -> Option<Signer> {
+        match *self {}
+    }
+
+    pub(super) fn roles(&self, _: usize) -> Roles {
+        match *self {}
     }
 
     pub(super) fn digest(&self) -> Bytes32 {

@@ -92,7 +92,8 @@ impl Rendezvous {
         }
         hello[24..56].copy_from_slice(&self.job);
         hello[56..88].copy_from_slice(&self.membership());
-        hello[88..].copy_from_slice(&own);
+        hello[88..120].copy_from_slice(&own);
+        hello[120] = u8::from(self.is_audited);
         let proof = self.proof(b"visitor", &[&binding, &nonce_there, &hello]);
         wire.write_until(&[&hello, &proof], until)?;
         let (mut answer, mut proof) = ([0], [0; 32]);

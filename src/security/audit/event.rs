@@ -50,7 +50,6 @@ impl Event {
     }
 
     /// Adds a field with any JSON that has no floats and no null.
-    #[allow(dead_code)]
     pub(crate) fn json(mut self, name: impl Into<String>, value: Value) -> Self {
         let name = name.into();
         if !is_value(&value) {

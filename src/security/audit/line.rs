@@ -33,7 +33,7 @@ fn push_hex(text: &mut String, hash: &Hash) {
     );
 }
 
-pub(super) fn hex(hash: &Hash) -> String {
+pub(crate) fn hex(hash: &Hash) -> String {
     let mut text = String::with_capacity(64);
     push_hex(&mut text, hash);
     text

@@ -59,7 +59,6 @@ pub(crate) struct Head {
     pub(crate) hash: [u8; 32],
 }
 
-#[allow(dead_code)]
 impl Head {
     /// Rank and number of the line as u64, little endian, then the hash.
     pub(crate) fn to_bytes(self) -> [u8; 48] {
@@ -85,7 +84,6 @@ impl Head {
     }
 }
 
-#[allow(dead_code)]
 impl AuditLog {
     /// Returns the path, in `folder`, of the audit log of rank `rank` of a job.
     pub(crate) fn path(folder: &Path, job: &str, rank: usize) -> PathBuf {
@@ -189,6 +187,22 @@ impl AuditLog {
     pub(crate) fn head(&self) -> Head {
         let state = self.state();
         Head { rank: state.rank, seq: state.seq.saturating_sub(1), hash: state.last }
+    }
+
+    /// Syncs the lines so far to the disk.
+    ///
+    /// # Errors
+    /// As [`AuditLog::write`].
+    pub(crate) fn sync(&self) -> Result<()> {
+        let mut state = self.state();
+        if let Some(error) = &state.failed {
+            return Err(error.clone());
+        }
+        state.file.sync_data().map_err(|error| {
+            let error = Error::io(&state.path, &error);
+            state.failed = Some(error.clone());
+            error
+        })
     }
 
     /// Writes the last lines of all ranks as an event `witness`, and syncs it to the disk.

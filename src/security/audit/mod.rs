@@ -44,8 +44,8 @@ pub use {
     report::{Finding, RankLog, Report, Verdict},
     verify::verify,
 };
-#[allow(unused_imports)]
 pub(crate) use {
+    line::hex,
     log::{AuditLog, Head},
     signature::Signer,
 };
@@ -59,13 +59,11 @@ thread_local! {
 }
 
 /// Makes a log the current one of this thread, until [`end`].
-#[allow(dead_code)]
 pub(crate) fn begin(log: Option<AuditLog>) {
     LOGS.with_borrow_mut(|logs| logs.push(log));
 }
 
 /// Ends the current log of this thread. The log before it is then the current one again.
-#[allow(dead_code)]
 pub(crate) fn end() {
     LOGS.with_borrow_mut(|logs| drop(logs.pop()));
 }

@@ -41,7 +41,6 @@ mod signed {
 
     impl Signer {
         /// Returns none if the key is not Ed25519: such a rank signs nothing.
-        #[allow(dead_code)]
         pub(crate) fn of(key: &PrivateKey) -> Option<Self> {
             key.public().is_ed25519().then(|| Self(key.clone()))
         }

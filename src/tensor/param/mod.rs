@@ -154,16 +154,16 @@ impl<T: Element, B: Backend> Param<T, B> {
         if self.0.0.layer.is_empty() { Site::here() } else { Site::InLayer(self.0.0.layer) }
     }
 
-    /// Returns the current value. The tensor shares the memory of a dense store. If the returned
-    /// tensor still exists at the optimizer's next step, the step copies the value before it
-    /// writes.
+    /// Returns the current value, which is a weight ([`Tensor::is_weight`]). The tensor shares the
+    /// memory of a dense store. If the returned tensor still exists at the optimizer's next step,
+    /// the step copies the value before it writes.
     ///
     /// # Errors
     /// As [`Store::value`].
     pub fn value(&self) -> Result<Tensor<T, B>> {
         let value = self.0.0.store.borrow().value()?;
         same_shape(OP, self.name(), self.shape().dims(), "its store's value", value.shape().dims())?;
-        Ok(value)
+        Ok(value.weight_if(true))
     }
 
     /// Looks up rows of a table, as [`Tensor::rows`].

@@ -22,10 +22,10 @@ pub(super) struct Keys {
 #[cfg(feature = "tls")]
 impl Keys {
     pub(super) fn new(ranks: usize) -> Self {
-        use crate::security::{Member, Membership, PrivateKey};
+        use crate::security::{Member, Membership, PrivateKey, Role};
         let keys: Vec<_> = (0..ranks).map(|_| PrivateKey::generate().unwrap()).collect();
         let member =
-            |(rank, key): (usize, &PrivateKey)| Member { rank, key: key.public().clone(), not_after: None };
+            |(rank, key): (usize, &PrivateKey)| Member::rank(rank, Role::Trainer, key.public().clone());
         let list = Membership::new(JOB, 0..=9, None, keys.iter().enumerate().map(member)).unwrap();
         Self { keys, list }
     }
