@@ -6,19 +6,26 @@ mod owners;
 mod tensors;
 mod writer;
 
-use super::{Packed, disk::Disk, folder::Folder};
+use super::{
+    Packed,
+    disk::Disk,
+    folder::Folder,
+    layout::{CONFIG, INDEX, SINGLE},
+    logged,
+};
 use crate::{
     comm::Group,
     device::Element,
     error::{Error, Result, Site},
     kernels::Backend,
+    security::audit,
     tensor::Param,
 };
 use gather::{CHUNK, Gather};
 use owners::all_tensors;
 use std::path::{Path, PathBuf};
 use tensors::{allocate, assign_files, check_formats, copied, write_file, written};
-use writer::{on_writer, writer};
+use writer::on_writer;
 
 /// The default of [`Save::max_shard`].
 const MAX_SHARD: usize = 4 << 30;
@@ -118,7 +125,7 @@ impl<'a> Save<'a> {
     /// Copies the quantized matrices from the checkpoint that they were loaded from, byte by byte:
     /// quantized weights are frozen. The checkpoint has to be the one that was loaded: only formats
     /// and shapes are compared. Every rank has to set the same checkpoint, whose files only
-    /// rank 0 reads.
+    /// the writer reads.
     pub fn packed(self, source: &'a Packed) -> Self {
         Self { packed: Some(source), ..self }
     }
@@ -129,31 +136,37 @@ impl<'a> Save<'a> {
         Self { max_shard: bytes, ..self }
     }
 
-    /// Saves these parameters. Every rank of the group has to call this. Rank 0 writes.
+    /// Saves these parameters. Every rank of the group has to call this. The writer is rank 0, or
+    /// if the ranks have [roles](crate::security::Role), the first that may see the weights of
+    /// others.
     ///
     /// Exactly one rank of the group has to own each element of the model. The group may be a
     /// tensor-parallel group or the group of a whole pipeline, but not a data-parallel group.
     ///
-    /// **Who receives what.** Only rank 0 receives elements of other ranks. All ranks receive the
+    /// **Who receives what.** Only the writer receives elements of other ranks. All ranks receive the
     /// names and shapes of all tensors, and which rank owns which regions.
     ///
     /// **Memory.** The ranks send a few rows of one tensor at a time, at most 16 MiB or one row.
-    /// Rank 0 holds the tensors of one file and a few such messages. Every other rank holds its
+    /// The writer holds the tensors of one file and a few such messages. Every other rank holds its
     /// shards and two messages.
     ///
     /// Collectives: two broadcasts from each rank, of the list of regions that the rank owns.
-    /// Messages ([`Group::exchange`]) from the other ranks to rank 0: each rank sends each element
-    /// that it owns once, and all bits arrive. A barrier at least every 16 MiB or row of a tensor,
-    /// so that rank 0 has received the earlier messages. While rank 0 writes, an all-reduce of one
-    /// number at least every 50 ms, so that the other ranks' deadlines do not pass on a slow disk.
+    /// Messages ([`Group::exchange`]) from the other ranks to the writer: each rank sends each
+    /// element that it owns once, and all bits arrive. A barrier at least every 16 MiB or row of a
+    /// tensor, so that the writer has received the earlier messages. While the writer writes, an
+    /// all-reduce of one number at least every 50 ms, so that the other ranks' deadlines do not
+    /// pass on a slow disk. With an [audit log](crate::security::audit) the writer then reads and
+    /// hashes the files, and the ranks witness their logs ([`Group::witness`]).
     ///
     /// # Errors
     /// Every rank returns the error:
-    /// * [`Error::Io`] with the path of the file: rank 0 cannot write, or another save is writing
-    ///   to the folder. On the other ranks, `kind` is `Other`.
+    /// * [`Error::NotPermitted`]: no rank may see the weights of others, or all messages pass
+    ///   through a rank that may not. No element has left its rank.
+    /// * [`Error::Io`] with the path of the file: the writer cannot write, or another save is
+    ///   writing to the folder. On the other ranks, `kind` is `Other`.
     /// * [`Error::Sizes`]: no rank owns an element.
-    /// * [`Error::Invalid`]: several ranks own an element, or rank 0 fails for another reason.
-    /// * [`Error::Memory`]: on rank 0, the tensors of a file exceed the memory.
+    /// * [`Error::Invalid`]: several ranks own an element, or the writer fails for another reason.
+    /// * [`Error::Memory`]: on the writer, the tensors of a file exceed the memory.
     /// * [`Error::TensorShape`]: the checkpoint of [`Save::packed`] has a matrix in another shape.
     /// * [`Error::Shapes`]: ranks have a tensor in different shapes.
     /// * [`Error::Unsupported`]: the device stores no values, or a parameter is quantized and not
@@ -166,17 +179,24 @@ impl<'a> Save<'a> {
             let reason = "the device stores no values to save";
             return Err(Error::Unsupported { op: "save", reason: reason.into() });
         }
-        let writer = writer(group)?;
-        self.write_on(writer, group, params)
+        let (writer, folder) = (group.writer("save")?, self.folder.clone());
+        let files = self.write_on(writer, group, params)?;
+        if audit::current().is_some() {
+            let files = on_writer(group, writer, || logged::written(&folder, &files))?;
+            logged::saved(&folder, writer, files)?;
+            group.witness()?;
+        }
+        Ok(())
     }
 
-    /// Saves these parameters on rank `writer`.
+    /// Saves these parameters on rank `writer`. Returns the names of the files, without those of
+    /// several data files on the other ranks.
     fn write_on<T: Element, B: Backend>(
         self,
         writer: usize,
         group: &Group<B>,
         params: &[Param<T, B>],
-    ) -> Result<()> {
+    ) -> Result<Vec<String>> {
         check_formats(self.packed, params)?;
         let tensors = all_tensors(group, params)?.into_iter();
         let tensors = tensors.flat_map(|tensor| written::<T>(self.packed, tensor)).collect();
@@ -184,8 +204,7 @@ impl<'a> Save<'a> {
         let (path, disk) = (&self.folder, self.disk);
         let mut folder = on_writer(group, writer, || Folder::begin(path, disk))?;
         let mut gather = Gather::new(group, params, writer, self.chunk);
-        let mut weight_map = serde_json::Map::new();
-        let mut bytes = 0;
+        let (mut names, mut weight_map, mut bytes) = (Vec::new(), serde_json::Map::new(), 0);
         for (at, file) in files.iter().enumerate() {
             bytes += file.iter().map(|of| of.size).sum::<usize>();
             let mut hosts = on_writer(group, writer, || allocate::<T>(file))?;
@@ -197,6 +216,7 @@ impl<'a> Save<'a> {
                 folder.as_ref().filter(|_| files.len() > 1).map(|folder| folder.data_name(at, files.len()));
             if let Some(shard) = &shard {
                 weight_map.extend(file.iter().map(|of| (of.name.clone(), shard.clone().into())));
+                names.push(shard.clone());
             }
             let tensors = file.iter().zip(hosts.into_iter().flatten());
             let tensors: Vec<_> = tensors
@@ -211,13 +231,15 @@ impl<'a> Save<'a> {
                 None => Ok(()),
             })?;
         }
+        names.push(if files.len() > 1 { INDEX } else { SINGLE }.into());
+        names.extend(self.config.is_some().then(|| CONFIG.into()));
         let index = (files.len() > 1).then_some((weight_map, bytes));
         let (folder, config) = (&mut folder, self.config.as_deref());
         on_writer(group, writer, || match folder {
             Some(folder) => folder.commit(index, config),
             None => Ok(()),
         })?;
-        Ok(())
+        Ok(names)
     }
 }
 
@@ -243,7 +265,7 @@ mod tests {
             let weights = Weights::new(&source);
             let layer = ColumnLinear::<f32, _>::load(&group, &weights.at("fc"), 4, &columns, Bias::Add)?;
             let save = Save { disk: Disk { fault: fault.clone() }, ..Save::new(folder).max_shard(90) };
-            save.write_on(writer, &group, &layer.params())
+            save.write_on(writer, &group, &layer.params()).map(drop)
         };
         Threads::new(world).deadline(Duration::from_millis(200)).run_each(run).unwrap()
     }

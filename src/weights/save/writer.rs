@@ -15,11 +15,6 @@ use std::{
 /// The interval of all-reduces while a rank writes.
 const HEARTBEAT: Duration = Duration::from_millis(50);
 
-/// Returns the rank that receives the tensors and writes them. It is the same on every rank.
-pub(super) fn writer<B: Backend>(_group: &Group<B>) -> Result<usize> {
-    Ok(0)
-}
-
 /// Runs `work` on rank `writer`, which returns the result. The other ranks wait, however long
 /// `work` takes, and return `None`. If `work` fails, all ranks return its error.
 ///
