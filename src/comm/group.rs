@@ -194,14 +194,31 @@ impl<B: Device> Group<B> {
             return Ok(());
         }
         let admitted = self.transport().roles().admit(op.name(), self.name(), receivers);
-        if let Some(log) = audit::current() {
-            let event = |name: &str| Event::new(name).text("op", op.name()).text("group", self.name());
-            log.write(&match &admitted {
-                Ok(()) => event("gather").text("shape", x.shape()),
-                Err(error) => event("deny").text("error", error).durable(),
-            })?;
-        }
+        self.log_gather(op.name(), &admitted, |event, ()| event.text("shape", x.shape()))?;
         admitted
+    }
+
+    /// Returns the first rank that may see the weights of the others, so that they can send theirs
+    /// to it. It is the same on every rank.
+    pub(crate) fn writer(&self, op: &'static str) -> Result<usize> {
+        let writer = self.transport().roles().writer(op, self.name(), self.size());
+        self.log_gather(op, &writer, |event, &writer| event.number("writer", writer as u64).durable())?;
+        writer
+    }
+
+    /// Writes to the audit log whether weights may be sent.
+    fn log_gather<R>(
+        &self,
+        op: &'static str,
+        outcome: &Result<R>,
+        describe: impl FnOnce(Event, &R) -> Event,
+    ) -> Result<()> {
+        let Some(log) = audit::current() else { return Ok(()) };
+        let event = |name: &str| Event::new(name).text("op", op).text("group", self.name());
+        log.write(&match outcome {
+            Ok(value) => describe(event("gather"), value),
+            Err(error) => event("deny").text("error", error).durable(),
+        })
     }
 
     /// As [`Group::admit`], for a collective whose results every rank receives.

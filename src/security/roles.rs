@@ -126,6 +126,7 @@ impl Roles {
     }
 
     /// These roles on a transport without a relay.
+    #[cfg(feature = "nccl")]
     pub(crate) fn direct(self) -> Self {
         Self(self.0.map(|ranks| Ranks { relay: None, ..ranks }))
     }

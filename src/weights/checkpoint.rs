@@ -1,10 +1,11 @@
 //! A checkpoint as a source of weights.
 
 use super::{
-    file::{DataFile, log_opened},
+    file::DataFile,
     header::{self, Entry},
     index,
     layout::{Location, locate},
+    logged,
     region::{Items, check_bytes, check_elements, runs},
     stored::decode_as,
 };
@@ -91,7 +92,7 @@ impl Checkpoint {
             _ if path.extension().is_some_and(|extension| extension == "json") => Self::open_index(path),
             _ => Self::open_file(path),
         }?;
-        log_opened(path, &opened.files)?;
+        logged::opened(path, &opened.files)?;
         Ok(opened)
     }
 

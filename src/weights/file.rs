@@ -1,11 +1,6 @@
 //! An open file that several threads read at independent offsets.
 
-use crate::{
-    error::{Error, Result},
-    security::audit::{self, Event},
-};
-use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use crate::error::{Error, Result};
 use std::{
     fs::{self, File},
     io,
@@ -52,20 +47,6 @@ impl DataFile {
     pub(super) fn bad(&self, reason: impl Into<String>) -> Error {
         Error::Checkpoint { path: self.path.clone(), reason: reason.into() }
     }
-}
-
-/// Writes to the rank's audit log which files of a checkpoint at `path` were opened: for each its
-/// name, its length, and the SHA-256 of its first MiB, which has the names and shapes of tensors.
-pub(super) fn log_opened(path: &Path, files: &[DataFile]) -> Result<()> {
-    let Some(log) = audit::current() else { return Ok(()) };
-    let describe = |file: &DataFile| -> Result<Value> {
-        let mut head = vec![0; file.len.min(1 << 20) as usize];
-        file.read_at(&mut head, 0)?;
-        let (name, sha256) = (file.path.display().to_string(), audit::hex(&Sha256::digest(head).into()));
-        Ok(json!({ "path": name, "bytes": file.len, "sha256_of_first_mib": sha256 }))
-    };
-    let files = files.iter().map(describe).collect::<Result<Value>>()?;
-    log.write(&Event::new("load").text("path", path.display()).json("files", files))
 }
 
 #[cfg(unix)]

@@ -30,6 +30,7 @@ mod header;
 mod index;
 mod json;
 mod layout;
+mod logged;
 mod packed;
 mod quantization;
 mod region;

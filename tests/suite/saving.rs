@@ -1,21 +1,27 @@
 //! Saves models. A folder has the old or the new checkpoint, never a mix.
 
-use crate::dev::{Dev, Tensor, ranks};
-use half::bf16;
+use crate::{
+    dev::{Dev, Tensor, ranks},
+    launch::processes,
+};
+use half::{bf16, f16};
 use shardwise::{
-    Result,
-    comm::{DeviceMesh, Group},
+    Error, Result,
+    comm::{DeviceMesh, Group, Op, Transfer},
     device::{AnyMut, AnyRef, Cpu, DType, Element},
     models::{Decoder, DecoderConfig, ModelConfig},
-    parallel::{Bias, ColumnLinear, Columns, Layer},
-    shard::{Axis, Mesh, Replicated},
-    tensor::{Param, Random, Region, Role, WeightSource, Weights},
+    parallel::{Bias, ColumnLinear, Columns, Layer, RowLinear},
+    shard::{Axis, Mesh, Partition, Replicated},
+    tensor::{Param, Random, Region, Role, Store, WeightSource, Weights},
     weights::{self, Checkpoint},
 };
 use std::{
+    cell::Cell,
     fs,
     path::{Path, PathBuf},
+    rc::Rc,
     sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
 };
 
 type Model<T> = Decoder<Replicated, T, Dev>;
@@ -344,4 +350,195 @@ fn a_killed_process_leaves_the_old_or_the_new() {
 fn put_model(group: &Group<Dev>, model: &Model<f32>, version: f64, folder: &Path, max: usize) -> Result<()> {
     let save = weights::Save::new(folder).config(config(version)).max_shard(max);
     save.write(group, &model.params())
+}
+
+/// Returns the messages by which a rank sends the elements that it owns: one for each tensor, in
+/// the order of the parameters.
+fn messages_of(params: &[Param<f32, Dev>]) -> Vec<Transfer> {
+    let mut tensors: Vec<(String, usize)> = Vec::new();
+    for of in params.iter().flat_map(|param| param.regions().to_vec()).filter(|of| of.owned) {
+        let place = tensors.iter().position(|(name, _)| *name == of.tensor).unwrap_or_else(|| {
+            tensors.push((of.tensor.clone(), 0));
+            tensors.len() - 1
+        });
+        tensors[place].1 += of.region.extent().len();
+    }
+    let sent = tensors.into_iter().filter(|(_, elements)| *elements > 0);
+    sent.map(|(_, elements)| Transfer { op: Op::Exchange, dtype: DType::F32, elements }).collect()
+}
+
+/// Rank 0 receives each element that another rank owns, once, and no other rank receives any. The
+/// file has every element, so the messages went to rank 0.
+#[test]
+fn only_the_rank_that_writes_receives_elements() {
+    let mut files = Vec::new();
+    for world in 1..=5 {
+        let folder = tempfile::tempdir().unwrap();
+        let sent = ranks(world).run(|group| {
+            let (checkpoint, config) = data();
+            let model = Model::<f32>::load(&group, &checkpoint, &config)?;
+            let (group, log) = group.recorded();
+            model.params().iter().for_each(|param| assert!(!param.regions().is_empty()));
+            weights::save(&group, &model.params(), folder.path())?;
+            let (messages, others): (Vec<_>, Vec<_>) =
+                log.take().into_iter().partition(|of| of.op == Op::Exchange);
+            let expected = if group.rank() == 0 { Vec::new() } else { messages_of(&model.params()) };
+            assert_eq!(messages, expected, "rank {} of {world}", group.rank());
+            // The other collectives are two broadcasts of each rank's list of regions, and one
+            // number each time that rank 0 has worked or waits for the disk.
+            let (lists, states): (Vec<_>, Vec<_>) = others.iter().partition(|of| of.op == Op::Broadcast);
+            assert_eq!(lists.len(), 2 * world);
+            let is_state = |of: &Transfer| (of.op, of.dtype, of.elements) == (Op::AllReduce, DType::F64, 1);
+            assert!(states.len() >= 4 && states.iter().all(is_state), "{states:?}");
+            Ok(messages.iter().map(|of| of.elements).sum::<usize>())
+        });
+        let sent = sent.unwrap();
+        assert!(sent[0] == 0 && sent[1..].iter().all(|elements| *elements > 0), "{sent:?}");
+        files.push(fs::read(folder.path().join("model.safetensors")).unwrap());
+    }
+    assert!(files.iter().all(|file| *file == files[0]), "the files of 1 to 5 ranks differ");
+}
+
+#[test]
+fn every_communicator_saves_the_same_file() {
+    let read = |save: &dyn Fn(&Path)| {
+        let folder = tempfile::tempdir().unwrap();
+        save(folder.path());
+        fs::read(folder.path().join("model.safetensors")).unwrap()
+    };
+    let write = |group: Group<Dev>, folder: &Path| {
+        let (checkpoint, config) = data();
+        weights::save(&group, &Model::<f32>::load(&group, &checkpoint, &config)?.params(), folder)
+    };
+    let one = read(&|folder| write(Group::solo(&Dev::poisoned()), folder).unwrap());
+    for world in 2..=4 {
+        let staged = |group: Group<Dev>| group.staged(&Dev::poisoned());
+        let of_staged = read(&|folder| {
+            ranks(world).run(|group| write(staged(group), folder)).unwrap();
+        });
+        let of_processes = read(&|folder| {
+            processes(world, |group| write(group, folder)).into_iter().for_each(Result::unwrap);
+        });
+        assert!(of_staged == one && of_processes == one, "{world} ranks");
+    }
+}
+
+/// Sets each element of a model to the bits that its index in its tensor has, and compares the
+/// bytes of the files.
+fn all_bits_are_saved<T: Element>(bits: &[u64], from_bits: fn(u64) -> T) {
+    let of = |index: usize| bits[index % bits.len()];
+    for world in 1..=4 {
+        let folder = tempfile::tempdir().unwrap();
+        let saved = ranks(world).run(|group| {
+            let source = Random::normal(1, 1.0);
+            let (columns, inputs) = (Columns::even(&group, 13)?, Partition::even(11, group.size()));
+            let (first, second) = (Weights::new(&source).at("first"), Weights::new(&source).at("second"));
+            let first = ColumnLinear::<T, Dev>::load(&group, &first, 7, &columns, Bias::Add)?;
+            let second = RowLinear::<T, Dev>::load(&group, &second, &inputs, 9)?;
+            let params = [first.params(), second.params()].concat();
+            for param in &params {
+                let regions = param.regions();
+                let indices = regions.iter().flat_map(|of| of.region.runs()).flatten();
+                let values: Vec<T> = indices.map(|index| from_bits(of(index))).collect();
+                param.set(Tensor::from_slice(group.device(), param.shape(), &values)?)?;
+            }
+            weights::save(&group, &params, folder.path())
+        });
+        saved.unwrap();
+        let file = fs::read(folder.path().join("model.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&file).unwrap();
+        assert_eq!(tensors.len(), 3);
+        for (name, tensor) in tensors.tensors() {
+            let elements: usize = tensor.shape().iter().product();
+            assert!(elements >= bits.len(), "`{name}` has not all of the bits");
+            let expected: Vec<u8> =
+                (0..elements).flat_map(|index| of(index).to_le_bytes()[..size_of::<T>()].to_vec()).collect();
+            assert_eq!(tensor.data(), expected, "{} `{name}` of {world} ranks", T::DTYPE);
+        }
+    }
+}
+
+/// −0, both infinities, the smallest subnormal numbers, quiet and signaling NaNs with payloads.
+#[test]
+fn elements_keep_all_bits() {
+    let f32s = [0x8000_0000, 0x7f80_0000, 0xff80_0000, 1, 0x8000_0001, 0x7fc1_2345, 0x7f81_2345, 0xffff_ffff];
+    all_bits_are_saved::<f32>(&f32s, |bits| f32::from_bits(bits as u32));
+    let bf16s = [0x8000, 0x7f80, 0xff80, 1, 0x8001, 0x7fc5, 0x7f85, 0xffff];
+    all_bits_are_saved::<bf16>(&bf16s, |bits| bf16::from_bits(bits as u16));
+    let f16s = [0x8000, 0x7c00, 0xfc00, 1, 0x8001, 0x7e45, 0x7c45, 0xffff];
+    all_bits_are_saved::<f16>(&f16s, |bits| f16::from_bits(bits as u16));
+    let f64s =
+        [1 << 63, 0x7ff << 52, 0xfff << 52, 1, (1 << 63) + 1, 0x7ff8_0000_1234_5678, 0x7ff0_0000_1234_5678];
+    all_bits_are_saved::<f64>(&f64s, f64::from_bits);
+}
+
+/// What happens to a rank when a save reads a parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Loss {
+    Nothing,
+    Fails,
+    Panics,
+    IsLate,
+}
+
+/// A parameter whose rank can be lost.
+struct Lossy {
+    value: Tensor,
+    loss: Rc<Cell<Loss>>,
+}
+
+impl Store<f32, Dev> for Lossy {
+    fn value(&self) -> Result<Tensor> {
+        match self.loss.get() {
+            Loss::Nothing => {}
+            Loss::Fails => return Err(Error::invalid("store", "injected")),
+            Loss::Panics => std::panic::resume_unwind(Box::new("injected")),
+            Loss::IsLate => std::thread::sleep(Duration::from_millis(1500)),
+        }
+        Ok(self.value.clone())
+    }
+
+    fn rows(&self, ids: &[u32]) -> Result<Tensor> {
+        self.value.rows(ids)
+    }
+}
+
+/// A rank is lost during the gathering, when it reads the last parameter of which it owns elements.
+/// Every rank gets an error that names the cause, and the folder keeps its old checkpoint.
+#[test]
+fn a_rank_lost_while_the_others_send_is_an_error_on_every_rank() {
+    for loss in [Loss::Fails, Loss::Panics, Loss::IsLate] {
+        let (worlds, deadline) = if loss == Loss::IsLate { (3..=3, 500) } else { (2..=4, 60_000) };
+        for (world, lost) in worlds.flat_map(|world| (0..world).map(move |lost| (world, lost))) {
+            let at = format!("rank {lost} of {world}, {loss:?}");
+            let folder = tempfile::tempdir().unwrap();
+            save(1, 1.0, folder.path(), usize::MAX).unwrap();
+            let before = files(folder.path());
+            let outcomes = ranks(world).deadline(Duration::from_millis(deadline)).run_each(|group| {
+                let model = model::<f32>(&group, 2.0)?;
+                let happens = Rc::new(Cell::new(Loss::Nothing));
+                let params = model.params();
+                let owned = |param: &&Param<f32, Dev>| param.regions().iter().any(|of| of.owned);
+                let last = params.iter().rev().find(owned).expect("every rank owns something");
+                last.set_store(Lossy { value: last.value()?, loss: Rc::clone(&happens) })?;
+                if group.rank() == lost {
+                    happens.set(loss);
+                }
+                weights::save(&group, &params, folder.path())
+            });
+            for (rank, outcome) in outcomes.unwrap().into_iter().enumerate() {
+                let error = outcome.expect_err(&at);
+                let names_lost = match &error {
+                    _ if rank == lost && loss == Loss::Fails => error.to_string().contains("injected"),
+                    Error::RankPanicked { .. } => rank == lost && loss == Loss::Panics,
+                    Error::PeerLost { rank, .. } => *rank == lost && loss != Loss::IsLate,
+                    Error::Deadline { missing, .. } => missing.contains(&lost) && loss == Loss::IsLate,
+                    _ => false,
+                };
+                assert!(names_lost, "{at}: rank {rank} got {error}");
+            }
+            assert_eq!(files(folder.path()), before, "{at}");
+            assert_eq!(weights_of(folder.path()), 1.0, "{at}");
+        }
+    }
 }

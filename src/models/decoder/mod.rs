@@ -290,7 +290,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
 
     /// Saves the model to a folder that this crate and transformers can read. Writes `config.json`,
     /// with the `dtype` of the weights, and `model.safetensors`, or several such files with an
-    /// index. Every rank must call this; the first rank writes. An older checkpoint in the folder
+    /// index. Every rank must call this; one rank writes. An older checkpoint in the folder
     /// is replaced completely or not at all: see [`Save`].
     ///
     /// # Errors

@@ -11,7 +11,7 @@ mod types;
 pub use metadata::GgufValue;
 pub(crate) use names::ROPE_DIVISORS;
 
-use super::file::{DataFile, log_opened};
+use super::{file::DataFile, logged};
 use crate::{error::Result, kernels::Activations, tensor::missing};
 use cursor::Cursor;
 use header::{Entry, Header};
@@ -145,7 +145,7 @@ impl Gguf {
                 }
             }
         }
-        log_opened(path, &gguf.files)?;
+        logged::opened(path, &gguf.files)?;
         Ok(gguf)
     }
 

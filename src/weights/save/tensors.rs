@@ -1,6 +1,7 @@
 //! The tensors that a save writes, and those that it copies from a quantized checkpoint.
 
 use super::super::{Packed, folder::Folder, write::Content};
+use super::owners::{Owned, Whole};
 use crate::{
     device::{Cpu, Element, zeroed},
     error::{Error, Result},
@@ -19,6 +20,8 @@ pub(super) struct Written {
     pub(super) size: usize,
     /// The type of its elements, if it is copied from a quantized checkpoint.
     pub(super) copied: Option<Dtype>,
+    /// The owners of its elements, if it is not copied.
+    pub(super) owned: Vec<Owned>,
 }
 
 /// Checks that the quantized matrices have the formats and shapes of the checkpoint that they are
@@ -64,16 +67,29 @@ pub(super) fn check_formats<T: Element, B: Backend>(
 }
 
 /// Returns the tensors that are written for a tensor of the model.
-pub(super) fn written<T: Element>(packed: Option<&Packed>, name: String, shape: Shape) -> Vec<Written> {
+pub(super) fn written<T: Element>(packed: Option<&Packed>, tensor: Whole) -> Vec<Written> {
+    let Whole { name, shape, owned } = tensor;
     if let Some(packed) = packed.filter(|packed| packed.format(&name).is_some()) {
         let of = |(name, dtype, dims): (String, Dtype, &[usize])| {
             let shape = Shape::new(dims);
-            Written { name, shape, size: shape.len() * dtype.bitsize() / 8, copied: Some(dtype) }
+            Written {
+                name,
+                shape,
+                size: shape.len() * dtype.bitsize() / 8,
+                copied: Some(dtype),
+                owned: Vec::new(),
+            }
         };
         return packed.parts(&name).map(of).collect();
     }
     let size = shape.len().saturating_mul(size_of::<T>());
-    vec![Written { name, shape, size, copied: None }]
+    vec![Written { name, shape, size, copied: None, owned }]
+}
+
+/// Allocates the tensors of a file, except those that are copied.
+pub(super) fn allocate<T: Element>(file: &[Written]) -> Result<Vec<Vec<T>>> {
+    let len = |of: &Written| if of.copied.is_some() { 0 } else { of.shape.len() };
+    file.iter().map(|of| zeroed(len(of))).collect()
 }
 
 /// Tensors that are copied from a quantized checkpoint, as they are stored.
@@ -82,7 +98,7 @@ type Copied = BTreeMap<String, (Dtype, Vec<u8>)>;
 /// Reads the tensors of a file that are copied.
 pub(super) fn copied(packed: Option<&Packed>, file: &[Written]) -> Result<Copied> {
     let mut copied = Copied::new();
-    for Written { name, shape, size, copied: dtype } in file {
+    for Written { name, shape, size, copied: dtype, .. } in file {
         if let (Some(dtype), Some(packed)) = (dtype, packed) {
             let mut bytes = zeroed(*size)?;
             packed.read_part(name, *shape, &mut bytes)?;
