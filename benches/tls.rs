@@ -1,4 +1,5 @@
-//! The cost of TLS between processes: connections over TLS 1.3, with a token, and plain TCP.
+//! The cost of TLS between processes: connections over TLS 1.3, with a token, and plain TCP. Also
+//! the cost of an event in the audit log.
 //!
 //! `cargo bench --features tls --bench tls [-- --quick] [--rounds 15] [--json FILE]`. Two ranks,
 //! which are threads here, connect over loopback as processes do:
@@ -13,6 +14,10 @@
 //! repeats an operation over one connection after the other, each time in another order. The bench
 //! reports the median over the rounds of a round's median, and of the ratios within a round, with
 //! the least and the largest. Every result is compared with the expected bits.
+//!
+//! An event of the audit log is compared with a `write_all` of as many bytes to a file. A round
+//! writes 1000 of one and then of the other, each time in another order; none are synced. Then the
+//! log is verified, with 100,000 lines or more.
 
 mod keys;
 
@@ -23,12 +28,14 @@ use shardwise::{
     comm::{Group, ReduceOp},
     device::Cpu,
     launch::Env,
+    security::audit::{self, Event, Verdict},
 };
 use std::{
     error::Error,
+    fs::{self, File},
     io::{self, Read, Write},
     net::{TcpListener, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -40,6 +47,8 @@ const OPERATIONS: [&str; 2] = ["round trip", "all-reduce"];
 /// The goal: over TLS, an operation on 1 MiB takes at most twice the time that it takes with a
 /// token.
 const GOAL: f64 = 2.0;
+/// The goal: an event of the audit log that is not synced takes at most 20 us.
+const EVENT_GOAL: f64 = 20e-6;
 
 /// Measures the cost of TLS.
 #[derive(Parser)]
@@ -315,6 +324,102 @@ fn connect(keys: &Keys, rounds: usize) -> Result<Row, Box<dyn Error>> {
     Ok(row)
 }
 
+/// The cost of the audit log.
+struct Events {
+    /// The mean number of bytes of an event.
+    bytes: usize,
+    /// The seconds of a `write_all` of as many bytes, and of an event, by round.
+    rounds: Vec<[f64; 2]>,
+    /// The number of lines that were verified, and the seconds of it.
+    verified: (u64, f64),
+}
+
+impl Events {
+    fn measure(options: &Options) -> Result<Self, Box<dyn Error>> {
+        let folder = tempfile::tempdir()?;
+        let env = Env::of(|name| match name {
+            "RANK" | "LOCAL_RANK" => Some("0".into()),
+            "WORLD_SIZE" | "LOCAL_WORLD_SIZE" => Some("1".into()),
+            "SHARDWISE_AUDIT_DIR" => Some(folder.path().to_string_lossy().into_owned()),
+            _ => None,
+        })?;
+        let (rounds, lines) = if options.quick { (1, 2000) } else { (options.rounds, 100_000) };
+        let mut events = Err("nothing was measured".into());
+        env.run(DEADLINE, |_| {
+            events = Self::rounds(folder.path(), rounds, lines);
+            Ok(())
+        })?;
+        let mut events = events?;
+        let begin = Instant::now();
+        let report = audit::verify([folder.path()])?;
+        let time = begin.elapsed().as_secs_f64();
+        match report.logs() {
+            [log] if report.verdict() == Verdict::Intact && log.lines > lines => {
+                events.verified = (log.lines, time);
+                Ok(events)
+            }
+            _ => Err(format!("the audit log is not as it was written:\n{report}").into()),
+        }
+    }
+
+    /// Runs the rounds, and then fills the log up to `lines` lines.
+    fn rounds(folder: &Path, rounds: usize, lines: u64) -> Result<Self, Box<dyn Error>> {
+        const REPEATS: u64 = 1000;
+        let sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+        let event = |rows| audit::record(&Event::new("data_set").text("sha256", sha256).number("rows", rows));
+        let log = fs::read_dir(folder)?.next().ok_or("there is no audit log")??.path();
+        let begin = fs::metadata(&log)?.len();
+        (0..REPEATS).try_for_each(event)?;
+        let line = vec![b'x'; ((fs::metadata(&log)?.len() - begin) / REPEATS) as usize];
+        let mut plain = File::options().append(true).create(true).open(folder.join("plain"))?;
+        let mut measured = Vec::new();
+        for round in 0..rounds {
+            let mut seconds = [0.0; 2];
+            for turn in 0..2 {
+                let variant = (round + turn) % 2;
+                let begin = Instant::now();
+                match variant {
+                    0 => (0..REPEATS).try_for_each(|_| plain.write_all(&line))?,
+                    _ => (0..REPEATS).try_for_each(event)?,
+                }
+                seconds[variant] = begin.elapsed().as_secs_f64() / REPEATS as f64;
+            }
+            measured.push(seconds);
+        }
+        let written = REPEATS * (1 + rounds as u64);
+        (written..lines).try_for_each(event)?;
+        Ok(Self { bytes: line.len(), rounds: measured, verified: (0, 0.0) })
+    }
+
+    /// The spread of the seconds of a `write_all`, or of an event.
+    fn seconds(&self, variant: usize) -> [f64; 3] {
+        spread(self.rounds.iter().map(|round| round[variant]).collect())
+    }
+
+    fn print(&self) {
+        let [plain, event] = [0, 1].map(|variant| {
+            let [least, median, largest] = self.seconds(variant).map(|seconds| seconds * 1e6);
+            format!("{median:.2} ({least:.2} to {largest:.2})")
+        });
+        println!("\n| bytes | `write_all`, us | event of the audit log, us |");
+        println!("|---:|---:|---:|");
+        println!("| {} | {plain} | {event} |", self.bytes);
+        let (lines, seconds) = self.verified;
+        println!("verification of {lines} lines: {seconds:.2} s");
+        let event = self.seconds(1)[1];
+        let met = if event <= EVENT_GOAL { "met" } else { "not met" };
+        println!("goal, an event takes at most {} us: {:.2}, {met}", EVENT_GOAL * 1e6, event * 1e6);
+    }
+
+    fn json(&self) -> serde_json::Value {
+        let (lines, seconds) = self.verified;
+        serde_json::json!({
+            "what": "audit event", "bytes": self.bytes, "variants": ["write_all", "audit log"], "rounds_s": self.rounds,
+            "verified_lines": lines, "verification_s": seconds,
+        })
+    }
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     let options = Options::parse();
     let keys = Keys::new(2)?;
@@ -354,8 +459,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             row.what
         );
     }
+    let events = Events::measure(&options)?;
+    events.print();
     if let Some(path) = options.json {
-        let rows: Vec<_> = rows.iter().map(Row::json).collect();
+        let rows: Vec<_> = rows.iter().map(Row::json).chain([events.json()]).collect();
         std::fs::write(path, serde_json::to_string_pretty(&rows)?)?;
     }
     if wrong > 0 {

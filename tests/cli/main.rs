@@ -1,6 +1,7 @@
 //! Tests of the program `shardwise`.
 #![cfg(target_os = "linux")]
 
+mod audit;
 mod launch;
 mod measure;
 mod plan;

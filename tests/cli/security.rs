@@ -18,19 +18,19 @@ use std::{
 use tempfile::TempDir;
 
 /// A folder of keys and lists.
-struct Folder(TempDir);
+pub(crate) struct Folder(TempDir);
 
 impl Folder {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.0.path().join(name).to_str().unwrap().into()
     }
 
     /// Makes a key pair, `NAME.pem` and `NAME.pub`. Returns the text of the public key.
-    fn key(&self, name: &str) -> String {
+    pub(crate) fn key(&self, name: &str) -> String {
         let private = self.path(&format!("{name}.pem"));
         let public = works(&["key", "new", &private]);
         fs::write(self.path(&format!("{name}.pub")), works(&["key", "public", &private])).unwrap();
@@ -53,19 +53,19 @@ impl Folder {
     }
 }
 
-fn shardwise(arguments: &[&str]) -> Output {
+pub(crate) fn shardwise(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_shardwise"));
     command.args(arguments).env_remove("SHARDWISE_POLICY").output().unwrap()
 }
 
-fn works(arguments: &[&str]) -> String {
+pub(crate) fn works(arguments: &[&str]) -> String {
     let output = shardwise(arguments);
     assert!(output.status.success(), "{output:?}");
     text(&output.stdout)
 }
 
 /// Checks that a command ends with exit code 1 and prints nothing but an error with these words.
-fn fails(arguments: &[&str], words: &str) {
+pub(crate) fn fails(arguments: &[&str], words: &str) {
     let output = shardwise(arguments);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(output.stdout.is_empty() && text(&output.stderr).contains(words), "{output:?}");

@@ -57,7 +57,7 @@ fn a_job_writes_logs_that_verify() {
             audit::record(&Event::new("data_set").text("sha256", "9f86d081").number("rows", 7))?;
             weights::save(&group, &layer.params(), &model)?;
             Checkpoint::open(&model)?;
-            group.all_reduce(ReduceOp::Sum, &mut Tensor::full(group.device(), [3], 1234.5678)?)?;
+            group.all_reduce(ReduceOp::Sum, &mut Tensor::<f32>::full(group.device(), [3], 1234.5678)?)?;
             group.split_all(group.rank() as u64 % 2)?.witness()?;
             let denied = group.all_reduce(ReduceOp::Sum, &mut layer.params()[0].value()?);
             assert_eq!(matches!(denied, Err(Error::NotPermitted { .. })), world > 1);

@@ -11,6 +11,7 @@ use shardwise::{
     device::{AnyMut, AnyRef, Cpu, DType, Element},
     models::{Decoder, DecoderConfig, ModelConfig},
     parallel::{Bias, ColumnLinear, Columns, Layer, RowLinear},
+    security::Role::Checkpointer,
     shard::{Axis, Mesh, Partition, Replicated},
     tensor::{Param, Random, Region, Role, Store, WeightSource, Weights},
     weights::{self, Checkpoint},
@@ -277,7 +278,8 @@ fn a_group_that_does_not_own_each_element_once_is_refused_on_every_rank() {
 #[test]
 fn replicas_of_a_part_are_not_taken_for_the_whole() {
     let folder = tempfile::tempdir().unwrap();
-    let outcomes = ranks(4).run_each(|world| {
+    // Also the ranks of the second group may see weights.
+    let outcomes = ranks(4).roles([Checkpointer; 4]).run_each(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(2, 1, 2)?)?;
         let (tensor, source) = (mesh.group(Axis::Tensor), Random::normal(1, 0.1));
         let columns = Columns::even(tensor, 4)?;

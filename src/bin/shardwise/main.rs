@@ -1,5 +1,6 @@
 //! The program `shardwise`. It starts ranks on this machine, reads the records of ranks, measures
-//! machines, plans how a model is divided over ranks, and makes the keys of ranks.
+//! machines, plans how a model is divided over ranks, makes the keys of ranks, and verifies their
+//! audit logs.
 //!
 //! | command | effect |
 //! |---|---|
@@ -8,7 +9,9 @@
 //! | `info` | describes this build, or how the data of a job travelled |
 //! | `measure`, `plan` | measure a machine, and plan a model for it |
 //! | `key`, `membership` | make keys, and sign and check the lists of a job's keys |
+//! | `audit` | verifies the audit logs of a job |
 
+mod audit;
 #[cfg(feature = "nccl")]
 mod gpus;
 mod host;
@@ -42,7 +45,7 @@ use std::{
 };
 
 /// Starts tensor-parallel ranks and reports how they ended; measures machines and plans models;
-/// makes the keys of ranks.
+/// makes the keys of ranks and verifies their audit logs.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -84,6 +87,9 @@ enum Command {
     /// Signs and checks the list of a job's keys.
     #[command(subcommand)]
     Membership(membership::Command),
+    /// Verifies the audit logs of ranks.
+    #[command(subcommand)]
+    Audit(audit::Command),
     /// Measures this machine and prints it as JSON, for `plan --machine`.
     Measure(measure::Request),
     /// Plans how a model is divided over the ranks of a machine: memory and time of the best plans.
@@ -128,6 +134,7 @@ fn main() -> ExitCode {
         Command::Info { records } => print(Record::read_all(&records).map(|records| info::job(&records))),
         Command::Key(key) => print(key.run()),
         Command::Membership(command) => print(command.run()),
+        Command::Audit(command) => command.run(),
         Command::Measure(request) => request.run(),
         Command::Plan(request) => request.run(),
         Command::Trace { records, output } => {
