@@ -19,8 +19,8 @@ use std::{
 /// The most missing files that are listed.
 const MOST_MISSING: usize = 10;
 
-/// Verifies audit logs: files, or folders of files that end in `.audit.jsonl`. The files of each job
-/// are compared with each other, so all of them have to be given. Lines are read one after the
+/// Verifies audit logs: files, or folders of files that end in `.audit.jsonl`. The files of each
+/// job are compared with each other, so all of them have to be given. Lines are read one after the
 /// other; 48 bytes of each are kept.
 ///
 /// `Changed` are lines whose form, number or hash is wrong, whose rank or job is not the file's,

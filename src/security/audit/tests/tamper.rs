@@ -163,7 +163,7 @@ fn runs(line: &str) -> Vec<(usize, usize)> {
     runs
 }
 
-/// Returns a line with the next digit or letter at a place.
+/// Returns a line with another digit or character at a place.
 fn with_byte(line: &str, at: usize) -> String {
     let mut bytes = line.as_bytes().to_vec();
     bytes[at] = match bytes[at] {
