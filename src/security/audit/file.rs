@@ -86,6 +86,8 @@ struct Check<'a> {
     backwards: Option<(u64, u64)>,
     /// The signatures that could not be verified.
     unchecked: u64,
+    /// The lines of starts whose key is not known, and why.
+    unknown: Vec<(u64, String)>,
     /// A line without the form of a line, and why. It may be a torn one.
     unread: Option<(u64, String)>,
 }
@@ -116,7 +118,8 @@ fn check_lines(path: &Path, mut from: impl BufRead, lists: Lists<'_>) -> io::Res
         signatures: 0,
     };
     let next = Next { seq: 0, prev: Some(Hash::default()) };
-    let mut check = Check { lists, out, next, start: None, backwards: None, unchecked: 0, unread: None };
+    let (start, backwards, unchecked, unknown, unread) = Default::default();
+    let mut check = Check { lists, out, next, start, backwards, unchecked, unknown, unread };
     let (mut bytes, mut before) = (Vec::new(), Vec::new());
     loop {
         bytes.clear();
@@ -273,21 +276,23 @@ impl Check<'_> {
             if start.end.is_none() {
                 self.out.killed.push(start.line);
             }
-            if line.epoch < start.epoch {
-                let text =
-                    format!("the epoch is {}, after {} in line {}", line.epoch, start.epoch, start.line);
-                self.add(Changed, text);
-            }
         }
         match line.number("world") {
             Some(world) if (line.rank as u64) < world => self.out.world = self.out.world.max(world),
             Some(world) => self.add(Changed, format!("rank {} of {world} ranks", line.rank)),
             None => self.add(Changed, "`start` has no number `world`"),
         }
-        let verifier = self.lists.choose(line).unwrap_or_else(|(kind, text)| {
-            self.add(kind, text);
-            None
-        });
+        let verifier = match self.lists.choose(line) {
+            Ok(verifier) => verifier,
+            Err((Incomplete, text)) => {
+                self.unknown.push((self.out.lines, text));
+                None
+            }
+            Err((kind, text)) => {
+                self.add(kind, text);
+                None
+            }
+        };
         self.out.starts += 1;
         let (at, epoch) = (self.out.lines, line.epoch);
         self.start = Some(Start { line: at, epoch, verifier, end: None, witnessed: false });
@@ -300,6 +305,10 @@ impl Check<'_> {
             (Some(_), _) if !signs => self.add(Changed, format!("events `{}` are not signed", line.event)),
             (Some(signature), Some(verifier)) if verifier.verifies(&line.hash, signature) => {
                 self.out.signatures += 1;
+                for (line, text) in self.unknown.drain(..) {
+                    let text = format!("{text}; a later signature covers its lines");
+                    self.out.findings.add(Some(line), Intact, text);
+                }
             }
             (Some(_), Some(_)) => self.add(Changed, "the signature is not of the rank's key and this line"),
             (Some(_), None) => self.unchecked += 1,
@@ -321,6 +330,9 @@ impl Check<'_> {
             findings.add(None, Incomplete, "the file is empty");
         } else if self.out.of.is_none() && (self.out.lines > 1 || findings.worst() == Changed) {
             findings.add(None, Changed, "the file has no line of an audit log");
+        }
+        for (line, text) in self.unknown {
+            findings.add(Some(line), Incomplete, text);
         }
         if let Some(start) = &self.start {
             let line = Some(start.line);

@@ -97,7 +97,7 @@ impl AuditLog {
     ///
     /// # Errors
     /// When the file cannot be opened, or another process writes it for more than five seconds.
-    /// When its last line is damaged, is of another rank or job, or is of a later epoch.
+    /// When its last line is damaged, or is of another rank or job.
     pub(crate) fn open(
         folder: &Path,
         job: &str,
@@ -132,7 +132,7 @@ impl AuditLog {
         let Tail { last, torn } = Tail::read(&mut file, len).map_err(io)?;
         let (mut seq, mut hash) = (0, Hash::default());
         if let Some(bytes) = last {
-            let line = follows(&bytes, job, epoch, rank).map_err(|reason| {
+            let line = follows(&bytes, job, rank).map_err(|reason| {
                 let reason = format!(
                     "the last line {reason}: verify this audit log (`shardwise audit verify`), then move it away"
                 );
@@ -296,7 +296,7 @@ fn sync_folder(folder: &Path) -> Result<()> {
 }
 
 /// Checks that the next line may follow a line. The error says why it may not.
-fn follows<'a>(bytes: &'a [u8], job: &str, epoch: u64, rank: usize) -> Result<Line<'a>, String> {
+fn follows<'a>(bytes: &'a [u8], job: &str, rank: usize) -> Result<Line<'a>, String> {
     let line = Line::parse(bytes)?;
     if !line.is_whole() {
         return Err("was changed: its hash is another one".into());
@@ -304,9 +304,6 @@ fn follows<'a>(bytes: &'a [u8], job: &str, epoch: u64, rank: usize) -> Result<Li
     if line.rank != rank || line.job != job {
         let (of_rank, of_job) = (line.rank, &line.job);
         return Err(format!("is of rank {of_rank} of job `{of_job}`, not of rank {rank} of job `{job}`"));
-    }
-    if line.epoch > epoch {
-        return Err(format!("is of epoch {}, which is after epoch {epoch}", line.epoch));
     }
     if line.seq > u64::MAX / 2 {
         return Err(format!("has the number {}", line.seq));

@@ -23,8 +23,8 @@ const MOST_MISSING: usize = 10;
 /// job are compared with each other, so all of them have to be given. Lines are read one after the
 /// other; 48 bytes of each are kept.
 ///
-/// `Changed` are lines whose form, number or hash is wrong, whose rank or job is not the file's,
-/// and whose epoch is before that of an earlier line; lines that another rank has witnessed and
+/// `Changed` are lines whose form, number or hash is wrong, or whose rank or job is not the file's,
+/// or whose epoch is not that of their start; lines that another rank has witnessed and
 /// that are missing or have another hash; missing files of ranks. `Incomplete` are a last start
 /// without `end`, an `end` with result `ok` without a `witness` after it, a file that ends within a
 /// line, and lines that no other rank has witnessed, except a `witness` at the end of a file.
@@ -39,7 +39,8 @@ pub fn verify<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Repo
 ///
 /// The field `membership` of an event `start` is the SHA-256 of the list that was used. `Changed`
 /// are then also lines `end` and `witness` without a signature of the rank's key, and a rank or an
-/// epoch that the list does not have. `Incomplete` are starts whose list was not given.
+/// epoch that the list does not have. `Incomplete` are starts whose list was not given, unless a
+/// later line of the file has a signature.
 ///
 /// # Errors
 /// As [`verify`].
