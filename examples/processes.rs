@@ -34,7 +34,7 @@ struct Args {
     /// The device of the ranks.
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     device: On,
-    /// Saves the weights in this folder. With a membership file, the role of a rank has to allow it.
+    /// Saves the weights in this folder. With a membership file, a rank's role has to allow it.
     #[arg(long)]
     save: Option<PathBuf>,
 }

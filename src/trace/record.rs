@@ -285,7 +285,12 @@ impl Record {
             let io = |error: io::Error| Error::io(path, &error);
             let files = fs::read_dir(path).map_err(io)?.map(|entry| entry.map(|entry| entry.path()));
             let files: Vec<PathBuf> = files.collect::<io::Result<_>>().map_err(io)?;
-            for file in files.iter().filter(|file| file.extension().is_some_and(|end| end == "jsonl")) {
+            // The folder may also have audit logs, `.audit.jsonl`.
+            let is_record = |file: &&PathBuf| {
+                let name = file.to_string_lossy();
+                name.ends_with(".jsonl") && !name.ends_with(".audit.jsonl")
+            };
+            for file in files.iter().filter(is_record) {
                 records.push(Self::read(file)?);
             }
         }

@@ -200,6 +200,10 @@ fn records_are_read_as_they_were_written_and_damaged_ones_refused() {
     assert_eq!((first.len(), second.len()), (2, 2));
     assert_ne!(first[0].job, second[0].job);
     assert_eq!(second[0].ended, Ended::Failed);
+    // Audit logs may be in the same folder.
+    Threads::new(2).flight(folder.path()).audit(folder.path()).run(|world| world.barrier()).unwrap();
+    assert_eq!(Record::read_all([folder.path()]).unwrap()[0].ended, Ended::Returned);
+    assert_eq!(shardwise::security::audit::verify([folder.path()]).unwrap().logs().len(), 2);
     let path = folder.path().join("copy.jsonl");
     std::fs::write(&path, first[1].to_lines()).unwrap();
     assert_eq!(Record::read(&path).unwrap(), first[1]);

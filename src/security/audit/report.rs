@@ -117,8 +117,8 @@ impl fmt::Display for Report {
             let RankLog { job, rank, lines, starts, witnessed, signatures, .. } = log;
             writeln!(
                 f,
-                "job {job}, rank {rank}: {lines} lines, {starts} starts, {first} to {last}, {witnessed} lines \
-                 witnessed by other ranks, {signatures} signatures verified",
+                "job {job}, rank {rank}: starts {starts}, lines {lines}, witnessed by other ranks {witnessed}, \
+                 signatures verified {signatures}, {first} to {last}",
             )?;
         }
         for finding in &self.findings {

@@ -143,8 +143,8 @@ impl<'a> Save<'a> {
     /// Exactly one rank of the group has to own each element of the model. The group may be a
     /// tensor-parallel group or the group of a whole pipeline, but not a data-parallel group.
     ///
-    /// **Who receives what.** Only the writer receives elements of other ranks. All ranks receive the
-    /// names and shapes of all tensors, and which rank owns which regions.
+    /// **Who receives what.** Only the writer receives elements of other ranks. All ranks receive
+    /// the names and shapes of all tensors, and which rank owns which regions.
     ///
     /// **Memory.** The ranks send a few rows of one tensor at a time, at most 16 MiB or one row.
     /// The writer holds the tensors of one file and a few such messages. Every other rank holds its
