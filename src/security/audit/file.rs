@@ -272,10 +272,8 @@ impl Check<'_> {
     }
 
     fn start(&mut self, line: &Line<'_>) {
-        if let Some(start) = &self.start {
-            if start.end.is_none() {
-                self.out.killed.push(start.line);
-            }
+        if let Some(killed) = self.start.as_ref().filter(|start| start.end.is_none()) {
+            self.out.killed.push(killed.line);
         }
         match line.number("world") {
             Some(world) if (line.rank as u64) < world => self.out.world = self.out.world.max(world),
