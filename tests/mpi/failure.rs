@@ -168,8 +168,13 @@ pub(crate) fn scenario() -> Option<ExitCode> {
             eprint!("{line}");
         })
     });
-    // A policy refuses the job before `role` runs.
-    if let Err(error @ (Error::NotEncrypted { .. } | Error::Invalid { op: "policy", .. })) = &done {
+    // A policy or an identity refuses the job before `role` runs.
+    if let Err(
+        error @ (Error::NotEncrypted { .. }
+        | Error::Invalid { op: "policy", .. }
+        | Error::Unsupported { op: "identity", .. }),
+    ) = &done
+    {
         eprintln!("error: {error}");
     }
     Some(if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
