@@ -219,7 +219,10 @@ pub enum Error {
     },
     /// Weights would reach a rank whose role may not see those of other ranks:
     /// [`crate::security::Role`].
-    #[error("{op}: {who} has the role `{role}`, which may not see the weights of other ranks")]
+    #[error(
+        "{op}: {who} has the role `{role}`, which may not see the weights of other ranks: that needs the role \
+         `checkpointer`"
+    )]
     NotPermitted {
         /// The operator.
         op: &'static str,

@@ -107,13 +107,18 @@ impl<B: Pointwise> Group<B> {
     pub fn broadcast<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
         self.check_rank("broadcast", root)?;
         self.admit(Op::Broadcast, x, (0..self.size()).filter(|rank| *rank != root))?;
-        self.broadcast_replica(root, x)
+        self.broadcast_admitted(root, x)
     }
 
     /// Like [`Group::broadcast`], for a weight that every rank of the group holds.
     #[track_caller]
     pub(crate) fn broadcast_replica<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
-        self.transport().roles().admit_replicas("broadcast")?;
+        self.admit_replica(Op::Broadcast, x)?;
+        self.broadcast_admitted(root, x)
+    }
+
+    #[track_caller]
+    fn broadcast_admitted<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
         let call = Call { root: Some(root), ..self.data_call(Op::Broadcast, T::DTYPE, x.shape()) };
         let x = T::any_mut(x.slice_mut()?);
         self.run(&call, |communicator| communicator.broadcast(&call, root, x))

@@ -75,7 +75,8 @@ pub trait Communicator<B: Device> {
     }
 
     /// The roles of the group's ranks. A communicator that wraps another one returns that one's
-    /// roles, and one whose ranks have none returns [`Roles::UNRESTRICTED`].
+    /// roles, that of a subgroup [`Roles::of_members`], and one whose ranks have no roles
+    /// [`Roles::UNRESTRICTED`].
     fn roles(&self) -> Roles;
 
     /// Returns the failure that prevents `call`, if there is one, without waiting. A rank that left

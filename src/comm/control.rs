@@ -79,7 +79,8 @@ impl<B: Pointwise> Group<B> {
     /// remove a line of one log without changing all of them: see [`audit`]. Call it now and then
     /// in a long job; it is called at the start, at the end, and after a save.
     ///
-    /// Collective: an all-gather of 56 bytes; none if the job keeps no audit log.
+    /// Collectives: those of [`Group::all_gather_bytes`], with 48 bytes from each rank; none if the
+    /// job keeps no audit log.
     ///
     /// # Errors
     /// When a rank calls something else or is lost, or when the log cannot be written.

@@ -198,15 +198,26 @@ impl<B: Device> Group<B> {
         admitted
     }
 
-    /// Returns the first rank that may see the weights of the others, so that they can send theirs
-    /// to it. It is the same on every rank.
-    pub(crate) fn writer(&self, op: &'static str) -> Result<usize> {
-        let writer = self.transport().roles().writer(op, self.name(), self.size());
-        self.log_gather(op, &writer, |event, &writer| event.number("writer", writer as u64).durable())?;
-        writer
+    /// Returns [`Error::NotPermitted`] if x, a weight that every rank of the group holds, would pass
+    /// through a rank that holds another one.
+    pub(super) fn admit_replica<T: Element>(&self, op: Op, x: &Tensor<T, B>) -> Result<()> {
+        if self.size() == 1 {
+            return Ok(());
+        }
+        let admitted = self.transport().roles().admit_replicas(op.name());
+        self.log_gather(op.name(), &admitted, |event, ()| event.text("shape", x.shape()))?;
+        admitted
     }
 
-    /// Writes to the audit log whether weights may be sent.
+    /// Returns the first rank that may see the weights of the others, to which they can send
+    /// theirs. It is the same on every rank.
+    pub(crate) fn receiver_of_weights(&self, op: &'static str) -> Result<usize> {
+        let receiver = self.transport().roles().receiver(op, self.name(), self.size());
+        self.log_gather(op, &receiver, |event, &rank| event.number("receiver", rank as u64).durable())?;
+        receiver
+    }
+
+    /// Writes to the audit log whether weights may be sent, before they are.
     fn log_gather<R>(
         &self,
         op: &'static str,

@@ -49,7 +49,7 @@ pub use call::{Call, Op, ReduceOp};
 pub use communicator::{Collective, Communicator, ExternalStep, InFlight, Incoming, Liveness, Outgoing};
 pub use group::Group;
 pub use link::Link;
-pub(crate) use link::{ConnectError, Connections, Keyed, Wire, linger, lock, remaining};
+pub(crate) use link::{ConnectError, Connections, Keyed, LinkTerms, Wire, linger, lock, remaining};
 pub use mesh::DeviceMesh;
 #[cfg(feature = "mpi")]
 pub use mpi::MpiComm;

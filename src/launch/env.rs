@@ -1,6 +1,6 @@
 //! The environment variables that a launcher sets for each process.
 
-use super::MAX_RANKS;
+use super::{MAX_RANKS, rank::AUDIT_DIR};
 use crate::{
     error::{Error, Result},
     security::{Identity, Policy, Secret},
@@ -242,7 +242,7 @@ impl Env {
         let token = text("SHARDWISE_TOKEN").unwrap_or_default().into();
         let identity = Identity::of(text)?;
         let policy = text(Policy::VARIABLE).map_or(Ok(Policy::Any), |text| text.parse())?;
-        let audit = text("SHARDWISE_AUDIT_DIR").map(PathBuf::from);
+        let audit = text(AUDIT_DIR).map(PathBuf::from);
         let local_world = local_world.unwrap_or(if alone { world } else { 1 });
         Ok(Self {
             rank,

@@ -36,7 +36,7 @@ impl Env {
         let connections = match connections {
             Ok(connections) => connections,
             Err(error) => {
-                audit.end::<R>(&Ok(Err(error.clone())))?;
+                audit.failed(error.to_string());
                 return Err(error);
             }
         };

@@ -10,19 +10,18 @@ use std::{
     env,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    sync::OnceLock,
     thread,
 };
 
 /// How a rank ended: its result, or its panic.
 pub(super) type Ended<R> = thread::Result<Result<R>>;
 
-/// The folder for audit logs, from the environment variable.
+/// The environment variable that names the folder for audit logs.
+pub(super) const AUDIT_DIR: &str = "SHARDWISE_AUDIT_DIR";
+
+/// The folder for audit logs that the environment names.
 pub(super) fn audit_folder() -> Option<PathBuf> {
-    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
-    FOLDER
-        .get_or_init(|| env::var_os("SHARDWISE_AUDIT_DIR").filter(|it| !it.is_empty()).map(PathBuf::from))
-        .clone()
+    env::var_os(AUDIT_DIR).filter(|folder| !folder.is_empty()).map(PathBuf::from)
 }
 
 /// The audit log of a rank, from its start to its end; none if it keeps none.
@@ -64,27 +63,50 @@ impl Audit {
             return Ok(Err(error));
         }
         if matches!(ended, Ok(Ok(_))) {
-            // If a rank failed, the others cannot see the end of its log. Its failure is not that
-            // of this rank, as without a log.
-            let witnessed = catch_unwind(AssertUnwindSafe(|| all.witness()));
-            if let Ok(Err(error @ Error::Io { .. })) = witnessed {
-                return Ok(Err(error));
+            match catch_unwind(AssertUnwindSafe(|| all.witness())) {
+                Ok(Err(error @ Error::Io { .. })) => return Ok(Err(error)),
+                // Without a log, the failure of another rank would not be this rank's either.
+                Ok(Err(error)) => tracing::warn!(
+                    target: "shardwise", rank = all.rank(), %error,
+                    "the other ranks have not witnessed the end of the audit log"
+                ),
+                _ => {}
             }
         }
         ended
     }
 
     /// Writes how the rank ended. Returns the error of the log only if the rank had none.
-    pub(super) fn end<R>(&self, ended: &Ended<R>) -> Result<()> {
+    fn end<R>(&self, ended: &Ended<R>) -> Result<()> {
         let Some(log) = &self.0 else { return Ok(()) };
-        let event = Event::new("end");
-        let written = log.write(&match ended {
-            Ok(Ok(_)) => event.text("result", "ok").durable(),
-            Ok(Err(error)) => event.text("result", "failed").text("error", error).durable(),
+        match ended {
+            Ok(Ok(_)) => log.write(&Event::new("end").text("result", "ok").durable()),
+            Ok(Err(error)) => {
+                self.failed(text(error));
+                Ok(())
+            }
             // The text of a panic is the program's, and may have values of tensors.
-            Err(_) => event.text("result", "panicked").durable(),
-        });
-        if matches!(ended, Ok(Ok(_))) { written } else { Ok(()) }
+            Err(_) => {
+                let _ = log.write(&Event::new("end").text("result", "panicked").durable());
+                Ok(())
+            }
+        }
+    }
+
+    /// Writes that the rank failed. An error of the log is not reported: the rank's own is.
+    pub(super) fn failed(&self, error: String) {
+        let Some(log) = &self.0 else { return };
+        let _ = log.write(&Event::new("end").text("result", "failed").text("error", error).durable());
+    }
+}
+
+/// The text of an error, without what a program may have put into it: values of tensors.
+fn text(error: &Error) -> String {
+    match error {
+        Error::Invalid { op, .. } => format!("{op}: invalid"),
+        Error::RankPanicked { rank, .. } => format!("rank {rank} panicked"),
+        Error::RankFailed { rank, source } => format!("rank {rank}: {}", text(source)),
+        error => error.to_string(),
     }
 }
 

@@ -10,7 +10,7 @@ use crate::{
         threads::{Endpoint, JoinedGroups, ThreadComm},
     },
     device::Cpu,
-    error::{Error, LostReason, Result},
+    error::{Error, LostReason, Result, same_size},
     security::{Role, Roles},
     trace,
 };
@@ -68,7 +68,7 @@ pub struct Threads {
     device: fn() -> Cpu,
     gemm_threads: Option<NonZeroUsize>,
     flight: Option<PathBuf>,
-    roles: Roles,
+    roles: Option<Vec<Role>>,
     audit: Option<PathBuf>,
 }
 
@@ -76,8 +76,8 @@ impl Threads {
     /// Options for `ranks` ranks, each of which waits two minutes for the others in a collective.
     pub fn new(ranks: usize) -> Self {
         let deadline = Duration::from_secs(120);
-        let (flight, roles, audit) = (trace::folder(), Roles::UNRESTRICTED, audit_folder());
-        Self { ranks, deadline, device: Cpu::new, gemm_threads: None, flight, roles, audit }
+        let (flight, audit) = (trace::folder(), audit_folder());
+        Self { ranks, deadline, device: Cpu::new, gemm_threads: None, flight, roles: None, audit }
     }
 
     /// Sets how long a rank waits for the others in one collective.
@@ -125,27 +125,31 @@ impl Threads {
         Self { flight: Some(folder.into()), ..self }
     }
 
-    /// Sets the folder for the ranks' audit logs: see [`audit`](crate::security::audit). The
-    /// default is `SHARDWISE_AUDIT_DIR`.
+    /// Sets the folder for the ranks' audit logs: see [`audit`](crate::security::audit). The default
+    /// is `SHARDWISE_AUDIT_DIR`. A job of threads has a name of its own, so each has new files.
     pub fn audit(self, folder: impl Into<PathBuf>) -> Self {
         Self { audit: Some(folder.into()), ..self }
     }
 
-    /// Sets the role of each rank, as a membership file does for processes. Ranks without a role
-    /// are trainers. The default is no roles: every rank may see everything.
+    /// Sets the role of each rank, as a membership file does for processes. The default is no
+    /// roles: every rank may see everything.
     ///
     /// ```
-    /// use shardwise::{prelude::*, security}; let roles = [security::Role::Checkpointer,
-    /// security::Role::Trainer]; let job = launch::Threads::new(2).roles(roles); let outcomes =
-    /// job.run_each(|world| { let (source, whole) = (Random::normal(1, 0.02), Region::whole([2]));
-    /// let from = Weights::new(&source); let w = Param::<f32, _>::load_region(world.device(),
-    /// &from, "w", Role::Bias, whole, true)?; world.all_gather(&w.value()?, 0, &Partition::even(4,
-    /// 2)).map(drop) })?; // Rank 1, a trainer, may not see the weights of rank 0.
+    /// use shardwise::{prelude::*, security};
+    /// let roles = [security::Role::Checkpointer, security::Role::Trainer];
+    /// let outcomes = launch::Threads::new(2).roles(roles).run_each(|world| {
+    ///     let (source, columns) = (Random::normal(1, 0.02), Columns::even(&world, 6)?);
+    ///     let weights = Weights::new(&source);
+    ///     let fc = ColumnLinear::<f32, _>::load(&world, &weights, 4, &columns, Bias::None)?;
+    ///     let weight = fc.params()[0].value()?;
+    ///     world.all_gather(&weight, 0, columns.partition()).map(drop)
+    /// })?;
+    /// // Rank 1, a trainer, may not see the weights of rank 0.
     /// assert!(matches!(outcomes[0], Err(Error::NotPermitted { role: "trainer", .. })));
     /// # Ok::<(), Error>(())
     /// ```
     pub fn roles(self, roles: impl IntoIterator<Item = Role>) -> Self {
-        Self { roles: Roles::new(roles.into_iter().collect::<Vec<_>>()), ..self }
+        Self { roles: Some(roles.into_iter().collect()), ..self }
     }
 
     /// Runs the ranks and returns their results in rank order.
@@ -154,7 +158,7 @@ impl Threads {
     /// When a rank failed: its error or panic, with the number of the rank. If several ranks
     /// failed, this is the failure of the lowest rank whose error does not merely report another
     /// rank's failure ([`Error::is_consequence`]). Also when there are no ranks or more than
-    /// 65,536, or when a thread cannot be started.
+    /// 65,536, when not each rank has one role that joins, or when a thread cannot be started.
     pub fn run<R: Outcome>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
         let (outcomes, results) = self.outcomes(rank)?;
         first_failure(outcomes)?;
@@ -165,7 +169,8 @@ impl Threads {
     /// rank gets an error for a message that it has not received.
     ///
     /// # Errors
-    /// When there are no ranks or more than 65,536, or a thread cannot be started.
+    /// When there are no ranks or more than 65,536, not each rank has one role that joins, or a
+    /// thread cannot be started.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -200,6 +205,19 @@ impl Threads {
         Ok((outcomes, results))
     }
 
+    /// Checks that each rank has one role, which joins.
+    fn check_roles(&self) -> Result<()> {
+        let Some(roles) = &self.roles else { return Ok(()) };
+        same_size("launch", "the number of roles", roles.len(), "the number of ranks", self.ranks)?;
+        match roles.iter().position(|role| !role.joins()) {
+            Some(rank) => {
+                let reason = format!("rank {rank} has the role `{}`, which does not join", roles[rank]);
+                Err(Error::invalid("launch", reason))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Runs the ranks. Not generic, because programs and tests start ranks in many places, and each
     /// place would compile this code again.
     fn run_all(&self, rank: &(dyn Fn(Group<Cpu>) -> Result<()> + Sync)) -> Result<Vec<Result<()>>> {
@@ -210,6 +228,7 @@ impl Threads {
             let reason = format!("{} ranks: at most {MAX_RANKS} can be threads of one process", self.ranks);
             return Err(Error::invalid("launch", reason));
         }
+        self.check_roles()?;
         static JOBS: AtomicUsize = AtomicUsize::new(0);
         let job = format!("{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
         let run = |number: usize, endpoint: Endpoint| {
@@ -241,7 +260,8 @@ impl Threads {
             result
                 .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))
         };
-        let endpoints = ThreadComm::group(self.ranks, self.deadline, self.roles.clone());
+        let roles = self.roles.clone().map_or(Roles::UNRESTRICTED, Roles::new);
+        let endpoints = ThreadComm::group(self.ranks, self.deadline, roles);
         let unread = endpoints[0].unread();
         let mut outcomes = thread::scope(|scope| {
             let mut started = Vec::with_capacity(self.ranks);

@@ -168,13 +168,17 @@ impl fmt::Debug for PrivateKey {
 pub struct PublicKey(Vec<u8>);
 
 impl PublicKey {
-    /// Reads a public key in PEM.
+    /// Reads a public key in PEM, or the one line of its text.
     ///
     /// # Errors
     /// When the file cannot be read or has no public key.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let der = SubjectPublicKeyInfoDer::from_pem_slice(&read_file(path, MAX_BYTES)?)
+        let bytes = read_file(path, MAX_BYTES)?;
+        if let Some(key) = std::str::from_utf8(&bytes).ok().and_then(|text| Self::parse(text.trim())) {
+            return Ok(key);
+        }
+        let der = SubjectPublicKeyInfoDer::from_pem_slice(&bytes)
             .map_err(|error| not_pem(path, "PUBLIC KEY", error))?;
         Ok(Self(der.to_vec()))
     }

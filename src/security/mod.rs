@@ -9,7 +9,8 @@
 //! | `SHARDWISE_TOKEN` | that they know a secret | plaintext, authenticated |
 //! | an [`Identity`] (feature `tls`) | that they have the key of the rank | TLS 1.3 |
 //!
-//! * `Membership` (feature `tls`) is the signed list of the keys of a job's ranks.
+//! * `Membership` (feature `tls`) is the signed list of a job's members, with their keys and
+//!   [roles](Role).
 //! * [`audit`] is the log of what each rank has done, and its verification.
 //! * [`Policy`] refuses transports that would send plaintext between machines, such as NCCL and
 //!   MPI. [`Channel`] describes the transport of a group.
@@ -31,7 +32,6 @@ mod secret;
 #[cfg(feature = "tls")]
 pub(crate) use credentials::Credentials;
 pub use identity::Identity;
-pub(crate) use policy::Terms;
 #[cfg(feature = "tls")]
 pub use {
     keys::{PrivateKey, PublicKey},

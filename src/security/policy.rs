@@ -1,6 +1,5 @@
 //! Which transports a job may use.
 
-use super::Roles;
 use crate::error::{Error, Result};
 use ipnet::IpNet;
 use std::{
@@ -50,15 +49,6 @@ impl fmt::Display for Channel {
             (Reach::Network, false) => "network, plaintext",
         })
     }
-}
-
-/// What is the same for all groups of a transport between processes.
-#[derive(Clone, Debug)]
-pub(crate) struct Terms {
-    pub(crate) channel: Channel,
-    pub(crate) policy: Policy,
-    /// The roles of the world's ranks.
-    pub(crate) roles: Roles,
 }
 
 /// Which transports a job may use between machines. Memory of one process and transports within one

@@ -5,17 +5,15 @@ use std::{fmt, str::FromStr, sync::Arc};
 
 /// The role of a key in a job's membership file. What the table does not allow is refused.
 ///
-/// | role | joins the job as a rank | sees the weights of other ranks | what it is for |
-/// |---|---|---|---|
-/// | `Trainer` | yes | no | a rank that computes |
-/// | `Checkpointer` | yes | yes | a rank that also writes checkpoints |
-/// | `Aggregator` | yes | yes | a rank that collects sums, and knows the model |
-/// | `Operator` | no | no | who starts and stops the job |
-/// | `Auditor` | no | no | who verifies the audit logs |
-/// | `Owner` | no | no | whose key signs the membership file |
+/// | role | joins the job as a rank | sees the weights of other ranks |
+/// |---|---|---|
+/// | `Trainer` | yes | no |
+/// | `Checkpointer`, `Aggregator` | yes | yes |
+/// | `Operator`, `Auditor`, `Owner` | no | no |
 ///
 /// A connection with the key of a role that does not join is refused. Operators, auditors and
-/// owners act outside the job: the operating system decides what they may do there.
+/// owners act outside the job, and need no key there: the operating system decides what they may
+/// do. They are listed so that nobody can join with their keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Role {
@@ -169,18 +167,18 @@ impl Roles {
     }
 
     /// The first rank of a group of `size` ranks that may see the weights of the others.
-    pub(crate) fn writer(&self, op: &'static str, group: &str, size: usize) -> Result<usize> {
+    pub(crate) fn receiver(&self, op: &'static str, group: &str, size: usize) -> Result<usize> {
         let Some(Ranks { roles, .. }) = &self.0 else { return Ok(0) };
         if size == 1 {
             return Ok(0);
         }
-        let writer = roles.iter().position(|role| role.sees_weights());
-        let Some(writer) = writer else {
+        let receiver = roles.iter().position(|role| role.sees_weights());
+        let Some(receiver) = receiver else {
             let role = roles.first().copied().unwrap_or(Role::Trainer);
             return Err(not_permitted(op, &format!("every rank of group `{group}`"), role));
         };
-        self.admit(op, group, [writer])?;
-        Ok(writer)
+        self.admit(op, group, [receiver])?;
+        Ok(receiver)
     }
 }
 
@@ -215,10 +213,10 @@ mod tests {
         assert!(roles.admit("save", "world", [0, 1]).is_err());
         assert!(roles.admit("save", "world", [2]).is_err());
         assert!(roles.of_members(&[0, 7]).admit("save", "world", [1]).is_err());
-        assert!(Roles::new([Trainer; 2]).writer("save", "world", 2).is_err());
-        assert_eq!(roles.of_members(&[1, 0]).writer("save", "world", 2), Ok(1));
-        assert_eq!(Roles::new([Trainer]).writer("save", "world", 1), Ok(0));
-        assert_eq!(Roles::UNRESTRICTED.writer("save", "world", 3), Ok(0));
+        assert!(Roles::new([Trainer; 2]).receiver("save", "world", 2).is_err());
+        assert_eq!(roles.of_members(&[1, 0]).receiver("save", "world", 2), Ok(1));
+        assert_eq!(Roles::new([Trainer]).receiver("save", "world", 1), Ok(0));
+        assert_eq!(Roles::UNRESTRICTED.receiver("save", "world", 3), Ok(0));
     }
 
     #[test]
@@ -226,11 +224,11 @@ mod tests {
         let roles = Roles::new([Trainer, Checkpointer, Aggregator]);
         assert!(roles.admit("gather", "world", [1, 2]).is_ok());
         let relayed = roles.clone().relayed(Trainer, true);
-        let error = relayed.writer("save", "world", 3).unwrap_err().to_string();
+        let error = relayed.receiver("save", "world", 3).unwrap_err().to_string();
         assert_eq!(
             error,
             "save: rank 0 of the job, which relays every message, has the role `trainer`, which may not see \
-             the weights of other ranks"
+             the weights of other ranks: that needs the role `checkpointer`"
         );
         // The relay holds what the ranks of its own group hold.
         assert!(relayed.admit_replicas("data parallel").is_ok());

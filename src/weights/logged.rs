@@ -26,11 +26,13 @@ pub(super) fn opened(path: &Path, files: &[DataFile]) -> Result<()> {
     log.write(&Event::new("load").text("path", path.display()).json("files", files))
 }
 
-/// Describes the files that a save has written: for each its name, its length and its SHA-256.
+/// Describes the files that a save has written: for each its name, its length, its SHA-256, and
+/// that of its first MiB, by which a `load` can be recognized.
 pub(super) fn written(folder: &Path, names: &[String]) -> Result<Value> {
     let describe = |name: &String| -> Result<Value> {
         let file = DataFile::open(&folder.join(name))?;
-        Ok(json!({ "name": name, "bytes": file.len(), "sha256": sha256(&file, u64::MAX)? }))
+        let [whole, head] = [u64::MAX, CHUNK as u64].map(|limit| sha256(&file, limit));
+        Ok(json!({ "name": name, "bytes": file.len(), "sha256": whole?, "sha256_of_first_mib": head? }))
     };
     names.iter().map(describe).collect()
 }

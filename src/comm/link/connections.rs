@@ -13,7 +13,7 @@ use super::{
 use crate::{
     comm::call::never_received,
     error::{Error, LostReason},
-    security::Terms,
+    security::{Channel, Policy, Roles},
 };
 use std::{
     collections::HashMap,
@@ -27,6 +27,15 @@ use std::{
 /// read their last frames.
 const LATE_TIMEOUT: Duration = Duration::from_millis(50);
 
+/// What all groups over the connections of a process have in common.
+#[derive(Clone, Debug)]
+pub(crate) struct LinkTerms {
+    pub(crate) channel: Channel,
+    pub(crate) policy: Policy,
+    /// The roles of the world's ranks.
+    pub(crate) roles: Roles,
+}
+
 /// A process's connections. [`Connections::close`] closes them, and so does a drop.
 #[derive(Debug)]
 pub(crate) struct Connections {
@@ -39,7 +48,7 @@ pub(super) struct Transport {
     pub(super) rank: usize,
     pub(super) world: usize,
     pub(super) deadline: Duration,
-    pub(super) terms: Terms,
+    pub(super) terms: LinkTerms,
     inbox: Mutex<Inbox>,
     news: Condvar,
     /// The number of external steps that this rank has reached, by the id of their work.
@@ -289,7 +298,7 @@ impl Connections {
     pub(crate) fn new(
         rank: usize,
         deadline: Duration,
-        terms: Terms,
+        terms: LinkTerms,
         peers: Vec<Option<(Wire, Option<Keyed>)>>,
     ) -> io::Result<Self> {
         let (mut readers, mut writers) = (Vec::new(), Vec::new());
@@ -413,7 +422,7 @@ impl Drop for Connections {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::security::{Channel, Policy, Reach, Roles};
+    use crate::security::Reach;
     use hmac::KeyInit;
     use std::net::{TcpListener, TcpStream};
 
@@ -426,7 +435,7 @@ mod tests {
         let nonces = Keyed::new_from_slice(b"token and nonces").unwrap();
         let wire = |tcp: TcpStream| Some((Wire::plain(tcp.into()), Some(nonces.clone())));
         let channel = Channel::plaintext(Reach::Machine);
-        let terms = Terms { channel, policy: Policy::Any, roles: Roles::UNRESTRICTED };
+        let terms = LinkTerms { channel, policy: Policy::Any, roles: Roles::UNRESTRICTED };
         let connections =
             |rank, peers| Connections::new(rank, Duration::from_secs(60), terms.clone(), peers).unwrap();
         let first = connections(0, vec![None, wire(here)]);

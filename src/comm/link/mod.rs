@@ -13,7 +13,7 @@ mod socket;
 mod wire;
 
 pub(crate) use {
-    connections::Connections,
+    connections::{Connections, LinkTerms},
     frame::Keyed,
     socket::{ConnectError, linger, lock, remaining},
     wire::Wire,

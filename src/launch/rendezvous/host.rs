@@ -7,9 +7,9 @@ use crate::{
     security::audit::{AuditLog, Event},
 };
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     io::{ErrorKind, Write},
-    net::{Shutdown, TcpListener, TcpStream},
+    net::{IpAddr, Shutdown, TcpListener, TcpStream},
     sync::{
         Arc, Mutex, Weak,
         atomic::{AtomicBool, Ordering},
@@ -21,7 +21,7 @@ use std::{
 /// Rank 0 examines at most this many connections plus the number of ranks at a time.
 const EXAMINED: usize = 64;
 /// The audit log has at most this many refusals of a start, so that nobody can fill the disk.
-const AUDITED: u64 = 1000;
+const AUDITED: usize = 1000;
 /// The first byte of a connection that uses TLS: the type of the record of a handshake.
 const TLS_HANDSHAKE: u8 = 22;
 
@@ -29,9 +29,18 @@ const TLS_HANDSHAKE: u8 = 22;
 struct Board {
     /// The admitted connections, by rank. Empty after all ranks have connected.
     admitted: Mutex<Vec<Option<Peer>>>,
-    /// The number of refused connections, and the last reason that is known.
-    refused: Mutex<(u64, Option<Refusal>)>,
+    refused: Mutex<Refused>,
     audit: Option<AuditLog>,
+}
+
+/// The refused connections.
+#[derive(Default)]
+struct Refused {
+    count: u64,
+    /// The last reason that is known.
+    last: Option<Refusal>,
+    /// The machines and reasons that are in the audit log.
+    logged: HashSet<(Option<IpAddr>, String)>,
 }
 
 /// A connection that is being examined. Its thread holds it until it has reported a refusal.
@@ -39,6 +48,16 @@ struct Examined {
     tcp: Arc<TcpStream>,
     /// Set while `Board::admitted` is locked.
     is_admitted: AtomicBool,
+}
+
+impl Board {
+    /// Writes to the audit log how many connections were refused.
+    fn log_count(&self) {
+        let count = lock(&self.refused).count;
+        if let Some(audit) = self.audit.as_ref().filter(|_| count > 0) {
+            let _ = audit.write(&Event::new("refuse").number("connections", count));
+        }
+    }
 }
 
 impl Rendezvous {
@@ -58,8 +77,9 @@ impl Rendezvous {
                     break;
                 }
                 if begin.elapsed() > deadline {
-                    let (refused, last) = lock(&board.refused).clone();
-                    let address = self.addresses[0];
+                    board.log_count();
+                    let Refused { count: refused, last, .. } = &*lock(&board.refused);
+                    let (address, refused, last) = (self.addresses[0], *refused, last.clone());
                     return Err(Error::NotConnected { missing, address, after: deadline, refused, last });
                 }
                 let Ok((tcp, _)) = listener.accept() else {
@@ -89,6 +109,7 @@ impl Rendezvous {
                 });
             }
         }
+        board.log_count();
         let mut peers = std::mem::take(&mut *lock(&board.admitted));
         for (wire, _) in peers.iter_mut().flatten() {
             // All ranks have connected. This byte starts the rank.
@@ -128,14 +149,17 @@ impl Rendezvous {
     /// Records that a connection was refused, and gives the other process time to read the reason.
     /// Sends the reason first if the other process expects one in plaintext.
     fn report(&self, tcp: &Arc<TcpStream>, error: ConnectError, board: &Board) {
+        let address = tcp.peer_addr().ok();
+        let peer = address.map_or("?".into(), |address| address.to_string());
         let mut refused = lock(&board.refused);
-        refused.0 += 1;
+        refused.count += 1;
         let ConnectError::Refused(reason) = error else { return };
-        refused.1 = Some(reason.clone());
-        let is_audited = refused.0 <= AUDITED;
+        refused.last = Some(reason.clone());
+        // A process that is refused tries again many times.
+        let is_new = refused.logged.len() < AUDITED
+            && refused.logged.insert((address.map(|address| address.ip()), reason.to_string()));
         drop(refused);
-        let peer = tcp.peer_addr().map_or("?".into(), |address| address.to_string());
-        if let Some(audit) = board.audit.as_ref().filter(|_| is_audited) {
+        if let Some(audit) = board.audit.as_ref().filter(|_| is_new) {
             // If the log fails, the next event of this rank reports it.
             let _ = audit.write(&Event::new("refuse").text("peer", &peer).text("reason", &reason));
         }

@@ -33,10 +33,10 @@ mod visit;
 
 use super::Env;
 use crate::{
-    comm::{Connections, Keyed, Wire},
+    comm::{Connections, Keyed, LinkTerms, Wire},
     error::{Error, Refusal, Result},
     security::{
-        Channel, Reach, Roles, Secret, Terms,
+        Channel, Reach, Roles, Secret,
         audit::{self, AuditLog, Event, Signer},
     },
 };
@@ -76,7 +76,7 @@ pub(super) struct Rendezvous {
     job: Bytes32,
     token: Secret,
     secure: Option<Arc<Secure>>,
-    terms: Terms,
+    terms: LinkTerms,
     /// Whether this rank keeps an audit log.
     is_audited: bool,
 }
@@ -172,7 +172,7 @@ impl Rendezvous {
             token: env.token.clone(),
             secure,
             is_audited: env.audit.is_some(),
-            terms: Terms { channel, policy: env.policy, roles },
+            terms: LinkTerms { channel, policy: env.policy, roles },
         })
     }
 

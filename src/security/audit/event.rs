@@ -8,8 +8,7 @@ const OP: &str = "audit";
 /// The longest name of an event or a field.
 const MAX_NAME: usize = 64;
 /// The events that only the library writes.
-const RESERVED: [&str; 11] =
-    ["start", "join", "refuse", "policy", "save", "load", "gather", "deny", "witness", "abort", "end"];
+const RESERVED: [&str; 9] = ["start", "join", "refuse", "save", "load", "gather", "deny", "witness", "end"];
 
 /// An event of the audit log: a name, and fields in the order in which they are added.
 #[derive(Clone, Debug)]
@@ -19,13 +18,13 @@ pub struct Event {
     pub(super) fields: Vec<(String, String)>,
     pub(super) durable: bool,
     /// The name of a field that has a float or null.
-    float: Option<String>,
+    invalid: Option<String>,
 }
 
 impl Event {
     /// Returns an event without fields.
     pub fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), fields: Vec::new(), durable: false, float: None }
+        Self { name: name.into(), fields: Vec::new(), durable: false, invalid: None }
     }
 
     /// Adds a field with a text.
@@ -53,7 +52,7 @@ impl Event {
     pub(crate) fn json(mut self, name: impl Into<String>, value: Value) -> Self {
         let name = name.into();
         if !is_value(&value) {
-            self.float = Some(name.clone());
+            self.invalid = Some(name.clone());
         }
         self.value(name, value.to_string())
     }
@@ -98,7 +97,7 @@ impl Event {
                 return Err(Error::invalid(OP, format!("event `{}` has two fields `{name}`", self.name)));
             }
         }
-        match &self.float {
+        match &self.invalid {
             Some(name) => {
                 let reason = format!("field `{name}` of event `{}` has a float or null", self.name);
                 Err(Error::invalid(OP, reason))

@@ -64,6 +64,10 @@ struct Start {
     epoch: u64,
     /// The key that has to sign, if it is known.
     verifier: Option<Verifier>,
+    /// Why the lines should be signed, but the key is not known.
+    unsigned: Option<String>,
+    /// Whether there is another event than `start` and `end`.
+    worked: bool,
     /// The result of the event `end`.
     end: Option<String>,
     /// Whether a `witness` follows `end`.
@@ -86,8 +90,6 @@ struct Check<'a> {
     backwards: Option<(u64, u64)>,
     /// The signatures that could not be verified.
     unchecked: u64,
-    /// The lines of starts whose key is not known, and why.
-    unknown: Vec<(u64, String)>,
     /// A line without the form of a line, and why. It may be a torn one.
     unread: Option<(u64, String)>,
 }
@@ -118,8 +120,7 @@ fn check_lines(path: &Path, mut from: impl BufRead, lists: Lists<'_>) -> io::Res
         signatures: 0,
     };
     let next = Next { seq: 0, prev: Some(Hash::default()) };
-    let (start, backwards, unchecked, unknown, unread) = Default::default();
-    let mut check = Check { lists, out, next, start, backwards, unchecked, unknown, unread };
+    let mut check = Check { lists, out, next, start: None, backwards: None, unchecked: 0, unread: None };
     let (mut bytes, mut before) = (Vec::new(), Vec::new());
     loop {
         bytes.clear();
@@ -196,6 +197,7 @@ impl Check<'_> {
             self.add(Changed, text);
             return;
         }
+        start.worked |= !matches!(line.event, "start" | "end");
         match line.event {
             "end" => match line.text("result") {
                 Some(result @ ("ok" | "failed" | "panicked")) => {
@@ -272,28 +274,36 @@ impl Check<'_> {
     }
 
     fn start(&mut self, line: &Line<'_>) {
-        if let Some(killed) = self.start.as_ref().filter(|start| start.end.is_none()) {
-            self.out.killed.push(killed.line);
-        }
+        self.out.killed.extend(self.start.as_ref().filter(|start| start.end.is_none()).map(|it| it.line));
+        self.unsigned();
         match line.number("world") {
             Some(world) if (line.rank as u64) < world => self.out.world = self.out.world.max(world),
             Some(world) => self.add(Changed, format!("rank {} of {world} ranks", line.rank)),
             None => self.add(Changed, "`start` has no number `world`"),
         }
-        let verifier = match self.lists.choose(line) {
-            Ok(verifier) => verifier,
-            Err((Incomplete, text)) => {
-                self.unknown.push((self.out.lines, text));
-                None
-            }
+        let (verifier, unsigned) = match self.lists.choose(line) {
+            Ok(verifier) => (verifier, None),
+            Err((Incomplete, text)) => (None, Some(text)),
             Err((kind, text)) => {
                 self.add(kind, text);
-                None
+                (None, None)
             }
         };
         self.out.starts += 1;
         let (at, epoch) = (self.out.lines, line.epoch);
-        self.start = Some(Start { line: at, epoch, verifier, end: None, witnessed: false });
+        let (end, witnessed, worked) = Default::default();
+        self.start = Some(Start { line: at, epoch, verifier, unsigned, worked, end, witnessed });
+    }
+
+    /// Reports, at its end, a start whose lines should be signed. A rank that cannot use its list
+    /// ends at once, and has no key to sign that. Nothing could be hidden in such a start that is
+    /// not hidden by its removal.
+    fn unsigned(&mut self) {
+        let Some(start) = &mut self.start else { return };
+        let Some(text) = start.unsigned.take() else { return };
+        let is_failure = !start.worked && start.end.as_deref() == Some("failed");
+        let kind = if is_failure { Intact } else { Incomplete };
+        self.out.findings.add(Some(start.line), kind, text);
     }
 
     fn signature(&mut self, line: &Line<'_>) {
@@ -303,10 +313,6 @@ impl Check<'_> {
             (Some(_), _) if !signs => self.add(Changed, format!("events `{}` are not signed", line.event)),
             (Some(signature), Some(verifier)) if verifier.verifies(&line.hash, signature) => {
                 self.out.signatures += 1;
-                for (line, text) in self.unknown.drain(..) {
-                    let text = format!("{text}; a later signature covers its lines");
-                    self.out.findings.add(Some(line), Intact, text);
-                }
             }
             (Some(_), Some(_)) => self.add(Changed, "the signature is not of the rank's key and this line"),
             (Some(_), None) => self.unchecked += 1,
@@ -323,14 +329,12 @@ impl Check<'_> {
 
     fn finish(mut self) -> Checked {
         self.report_unread();
+        self.unsigned();
         let findings = &mut self.out.findings;
         if self.out.lines == 0 {
             findings.add(None, Incomplete, "the file is empty");
         } else if self.out.of.is_none() && (self.out.lines > 1 || findings.worst() == Changed) {
             findings.add(None, Changed, "the file has no line of an audit log");
-        }
-        for (line, text) in self.unknown {
-            findings.add(Some(line), Incomplete, text);
         }
         if let Some(start) = &self.start {
             let line = Some(start.line);

@@ -116,7 +116,10 @@ impl AuditLog {
         signer: Option<Signer>,
         wait: Duration,
     ) -> Result<Self> {
-        fs::create_dir_all(folder).map_err(|error| Error::io(folder, &error))?;
+        fs::create_dir_all(folder).map_err(|error| {
+            let reason = format!("the folder for audit logs (SHARDWISE_AUDIT_DIR): {error}");
+            Error::io(folder, &io::Error::new(error.kind(), reason))
+        })?;
         let path = Self::path(folder, job, rank);
         let io = |error: io::Error| Error::io(&path, &error);
         let mut options = OpenOptions::new();
@@ -134,7 +137,8 @@ impl AuditLog {
         if let Some(bytes) = last {
             let line = follows(&bytes, job, rank).map_err(|reason| {
                 let reason = format!(
-                    "the last line {reason}: verify this audit log (`shardwise audit verify`), then move it away"
+                    "the last line {reason}: verify the audit logs of this job (`shardwise audit verify`), then move \
+                     those of all its ranks away"
                 );
                 io(io::Error::new(io::ErrorKind::InvalidData, reason))
             })?;

@@ -73,8 +73,9 @@ pub(crate) fn current() -> Option<AuditLog> {
     LOGS.try_with(|logs| logs.borrow().last().cloned().flatten()).ok().flatten()
 }
 
-/// Writes an event of the program to this rank's audit log: the SHA-256 of a data set's manifest,
-/// for example. Does nothing, after the checks of the event, if the rank has no log.
+/// Writes an event of the program, such as the SHA-256 of a data set's manifest, to the audit log
+/// of the rank whose thread calls this. On any other thread, and if the rank has no log, it does
+/// nothing after the checks of the event.
 ///
 /// ```
 /// use shardwise::security::audit::{self, Event};
@@ -84,8 +85,7 @@ pub(crate) fn current() -> Option<AuditLog> {
 ///
 /// # Errors
 /// When the event's name is not 1 to 64 of `a` to `z` and `_`, or is one of the library's own
-/// (`start`, `join`, `refuse`, `policy`, `save`, `load`, `gather`, `deny`, `witness`, `abort`,
-/// `end`); when a field's name is not 1 to 64 of `a` to `z`, `0` to `9` and `_`, or occurs twice;
+/// (`start`, `join`, `refuse`, `save`, `load`, `gather`, `deny`, `witness`, `end`); when a field's name is not 1 to 64 of `a` to `z`, `0` to `9` and `_`, or occurs twice;
 /// when the line is longer than 1 MiB; or when this or an earlier event could not be written.
 pub fn record(event: &Event) -> Result<()> {
     event.check_name()?;

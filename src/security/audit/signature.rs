@@ -90,7 +90,8 @@ mod signed {
                 return if self.0.is_empty() {
                     Ok(None)
                 } else {
-                    Err((Verdict::Incomplete, format!("the list of keys {digest} was not given")))
+                    let what = "was not given (its SHA-256 is this number)";
+                    Err((Verdict::Incomplete, format!("the list of keys {digest} {what}")))
                 };
             };
             let member =

@@ -39,8 +39,8 @@ pub fn verify<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Repo
 ///
 /// The field `membership` of an event `start` is the SHA-256 of the list that was used. `Changed`
 /// are then also lines `end` and `witness` without a signature of the rank's key, and a rank or an
-/// epoch that the list does not have. `Incomplete` are starts whose list was not given, unless a
-/// later line of the file has a signature.
+/// epoch that the list does not have. `Incomplete` are starts whose list was not given or not
+/// named, unless they only failed.
 ///
 /// # Errors
 /// As [`verify`].

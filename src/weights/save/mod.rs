@@ -179,7 +179,7 @@ impl<'a> Save<'a> {
             let reason = "the device stores no values to save";
             return Err(Error::Unsupported { op: "save", reason: reason.into() });
         }
-        let (writer, folder) = (group.writer("save")?, self.folder.clone());
+        let (writer, folder) = (group.receiver_of_weights("save")?, self.folder.clone());
         let files = self.write_on(writer, group, params)?;
         if audit::current().is_some() {
             let files = on_writer(group, writer, || logged::written(&folder, &files))?;
