@@ -13,8 +13,11 @@ use shardwise::{
     },
     device::{Cpu, Device, Element},
     launch::{Env, Threads},
+    parallel::{Bias, ColumnLinear, Columns, Layer},
     shard::{Partition, Shape},
+    tensor::{Random, Weights},
     trace::{Record, blame},
+    weights::{self, Checkpoint},
 };
 use std::{
     panic::resume_unwind,
@@ -296,15 +299,10 @@ fn processes_have_the_same_collectives() {
 /// The roles of the control group hold for NCCL too.
 #[test]
 fn weights_go_only_to_ranks_that_may_see_them() {
-    use shardwise::{
-        parallel::{Bias, ColumnLinear, Columns, Layer},
-        security::Role::{Checkpointer, Trainer},
-        tensor::{Random, Weights},
-        weights::{self, Checkpoint},
-    };
-    for _ in dev::worlds([2]) {
+    use shardwise::security::Role::{Checkpointer, Trainer};
+    for world in dev::worlds([2, 3]) {
         let folder = tempfile::tempdir().unwrap();
-        let job = ranks(2).roles([Trainer, Checkpointer]);
+        let job = ranks(world).roles((0..world).map(|rank| if rank == 1 { Checkpointer } else { Trainer }));
         let run = job.run(|group| {
             let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
             let (source, columns) = (Random::normal(1, 0.5), Columns::even(&nccl, 5)?);
@@ -343,7 +341,7 @@ fn a_policy_refuses_nccl_between_machines() {
     let (owner, keys) = (PrivateKey::generate().unwrap(), [(); 2].map(|()| PrivateKey::generate().unwrap()));
     let members = keys.iter().enumerate().map(|(rank, key)| {
         key.write(path(&format!("{rank}.pem"))).unwrap();
-        Member::rank(rank, Role::Trainer, key.public().clone())
+        Member::rank(rank, [Role::Trainer, Role::Checkpointer][rank], key.public().clone())
     });
     Membership::new("job", 0..=0, None, members).unwrap().write(path("membership.json"), &owner).unwrap();
     std::fs::write(path("owner.pub"), owner.public().to_pem()).unwrap();
@@ -361,6 +359,15 @@ fn a_policy_refuses_nccl_between_machines() {
             reduce::<f32>(&staged, ReduceOp::Sum, 6)?;
             let nccl = group.over_nccl(&device, options(Order::Any))?;
             reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
+            // Rank 0 relays what is staged, and is no checkpointer. NCCL has no relay.
+            let columns = Columns::even(&nccl, 5)?;
+            let source = Random::normal(1, 0.5);
+            let layer =
+                ColumnLinear::<f32, Dev>::load(&nccl, &Weights::new(&source), 4, &columns, Bias::Add)?;
+            weights::save(&nccl, &layer.params(), path("saved"))?;
+            assert!(Checkpoint::open(path("saved")).is_ok());
+            let relayed = weights::save(&staged, &layer.params(), path("relayed"));
+            assert!(matches!(relayed, Err(Error::NotPermitted { op: "save", .. })), "{relayed:?}");
             Ok(nccl.split_all(0)?.communicator().channel())
         })
     };

@@ -72,6 +72,19 @@ fn policy() {
         "{}",
         text(&unknown)
     );
+    // The job's name and epoch are the launcher's.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    for epoch in ["0", "1"] {
+        let variables =
+            [none, ("SHARDWISE_AUDIT_DIR", path), ("SHARDWISE_JOB", "a"), ("SHARDWISE_EPOCH", epoch)];
+        assert!(mpirun(3, &variables).status().unwrap().success());
+    }
+    let report = shardwise::security::audit::verify([folder.path()]).unwrap();
+    let found: Vec<_> = report.logs().iter().map(|log| (&*log.job, log.rank, log.starts)).collect();
+    assert_eq!(report.verdict(), shardwise::security::audit::Verdict::Intact, "{report}");
+    assert_eq!(found, [("a", 0, 2), ("a", 1, 2), ("a", 2, 2)]);
+    println!("ok: MPI ranks keep audit logs");
     let key = ["SHARDWISE_KEY", "SHARDWISE_MEMBERSHIP", "SHARDWISE_OWNER"].map(|name| (name, "file"));
     let identity = mpirun(2, &[&[none], &key[..]].concat()).output().unwrap();
     let words = "identity: not supported: MPI authenticates no rank";

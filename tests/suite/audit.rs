@@ -1,20 +1,20 @@
 //! Audit logs of jobs: what they have, what they do not have, and that they verify.
 
 use crate::{
+    access::layer,
     dev::{Tensor, ranks},
     support::say,
 };
 use serde_json::Value;
 use shardwise::{
     Error, Result,
-    comm::{Group, ReduceOp},
+    comm::ReduceOp,
     launch::Threads,
-    parallel::{Bias, ColumnLinear, Columns, Layer},
+    parallel::Layer,
     security::{
         Role::{Checkpointer, Trainer},
         audit::{self, Event, Verdict},
     },
-    tensor::{Random, Weights},
     weights::{self, Checkpoint},
 };
 use std::{collections::BTreeMap, fs, path::Path, time::Duration};
@@ -38,11 +38,6 @@ fn verdict(folder: &Path) -> Verdict {
     let report = audit::verify([folder]).unwrap();
     say(&report.to_string());
     report.verdict()
-}
-
-fn layer(group: &Group<crate::dev::Dev>) -> Result<ColumnLinear<f32, crate::dev::Dev>> {
-    let source = Random::normal(5, 0.5);
-    ColumnLinear::load(group, &Weights::new(&source).at("fc"), 4, &Columns::even(group, 7)?, Bias::Add)
 }
 
 #[test]
@@ -100,23 +95,26 @@ fn a_job_writes_logs_that_verify() {
 fn logs_have_no_values() {
     let folder = tempfile::tempdir().unwrap();
     const CANARY: f64 = 73.515625;
-    let outcomes = ranks(2).audit(folder.path()).run_each(|group| {
+    let outcomes = ranks(3).audit(folder.path()).run_each(|group| {
         let layer = layer(&group)?;
         for param in layer.params() {
             param.set(Tensor::full(group.device(), param.shape(), CANARY)?)?;
         }
         let _ = group.all_reduce(ReduceOp::Sum, &mut layer.params()[0].value()?);
-        if group.rank() == 1 {
-            panic!("the loss is {CANARY}");
+        match group.rank() {
+            1 => panic!("the loss is {CANARY}"),
+            2 => Err(Error::invalid("loss", format!("the loss is {CANARY}"))),
+            _ => group.barrier(),
         }
-        group.barrier()
     });
     assert!(outcomes.unwrap().iter().all(Result::is_err));
     let logs = logs(folder.path());
     assert_eq!(logs[&1].last().unwrap()["fields"]["result"], "panicked");
+    assert_eq!(logs[&2].last().unwrap()["fields"]["error"], "loss: invalid");
     let end = &logs[&0].last().unwrap()["fields"];
     assert_eq!(end["result"], "failed");
-    assert!(end["error"].as_str().unwrap().contains("rank 1 was lost (it panicked)"), "{end}");
+    let lost = end["error"].as_str().unwrap();
+    assert!(lost.contains(" was lost (it "), "{end}");
     assert!(events(&logs[&0]).contains(&"deny"));
     for file in fs::read_dir(folder.path()).unwrap() {
         let text = fs::read_to_string(file.unwrap().path()).unwrap();
@@ -136,6 +134,47 @@ fn a_log_that_cannot_be_written_is_an_error_on_every_rank() {
         let Err(Error::Io { path, .. }) = outcome else { panic!("{outcome:?}") };
         assert_eq!(path, file);
     }
+}
+
+/// If one rank works on for longer than the deadline after the others have ended, nobody witnesses
+/// its end. The ranks have not failed.
+#[test]
+fn ranks_that_end_far_apart_do_not_fail() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = ranks(2).deadline(Duration::from_millis(200)).audit(folder.path());
+    let outcomes = job.run_each(|group| {
+        if group.rank() == 1 {
+            std::thread::sleep(Duration::from_millis(700));
+        }
+        Ok(group.rank())
+    });
+    assert_eq!(outcomes.unwrap(), [Ok(0), Ok(1)]);
+    assert_eq!(verdict(folder.path()), Verdict::Incomplete);
+}
+
+#[test]
+fn roles_are_those_of_ranks() {
+    for (roles, words) in [
+        (vec![Trainer], "the number of roles is 1, but the number of ranks is 2"),
+        (vec![Checkpointer, shardwise::security::Role::Auditor], "rank 1 has the role `auditor`"),
+    ] {
+        let error = Threads::new(2).roles(roles).run(|_| Ok(())).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+/// Other threads of the process have no log.
+#[test]
+fn events_are_those_of_the_ranks_thread() {
+    let folder = tempfile::tempdir().unwrap();
+    let event = || Event::new("data_set").flag("here", true);
+    let job = Threads::new(1).audit(folder.path()).run(|_| {
+        audit::record(&event())?;
+        std::thread::scope(|scope| scope.spawn(|| audit::record(&event())).join().unwrap())
+    });
+    job.unwrap();
+    let lines = logs(folder.path()).remove(&0).unwrap();
+    assert_eq!(events(&lines).iter().filter(|event| **event == "data_set").count(), 1);
 }
 
 #[test]

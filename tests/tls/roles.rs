@@ -93,6 +93,30 @@ fn no_collective_sends_a_weight_to_a_trainer() {
     assert_eq!(refused, 8);
 }
 
+/// Rank 0 relays the messages of a group that it is not in. What is no weight passes, and replicas
+/// of other weights than rank 0's do not.
+#[test]
+fn only_weights_are_kept_from_the_relay() {
+    let outcomes = job(&[Trainer; 3], |world| {
+        let group = world.split_all(u64::from(world.rank() > 0))?;
+        let mut x = Tensor::<f32>::full(group.device(), [2], group.rank() as f64)?;
+        group.broadcast(0, &mut x)?;
+        group.all_reduce(ReduceOp::Sum, &mut x)?;
+        let other = 1 - group.rank().min(1);
+        if group.size() == 2 {
+            group.exchange(Some((other, &x)), Some((other, x.shape())))?;
+        }
+        assert_eq!(group.broadcast_bytes(0, b"request")?, b"request");
+        let layer = layer(&Group::solo(group.device()))?;
+        Ok(DataParallel::new(&group, &layer.params()).map(drop))
+    });
+    let mut outcomes = outcomes.into_iter().map(Result::unwrap);
+    assert_eq!(outcomes.next(), Some(Ok(())));
+    for outcome in outcomes {
+        assert!(matches!(outcome, Err(Error::NotPermitted { op: "broadcast", .. })), "{outcome:?}");
+    }
+}
+
 /// Replicas hold the same weights as rank 0, which relays them.
 #[test]
 fn trainers_keep_replicas_equal() {
