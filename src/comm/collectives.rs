@@ -65,7 +65,7 @@ impl<B: Pointwise> Group<B> {
         let mut whole = Tensor::empty(self.device(), shape)?;
         let (send, recv) = (T::any_ref(x.slice()), T::any_mut(whole.slice_mut()?));
         self.run(&call, |communicator| communicator.all_gather(&call, &shards, send, recv))?;
-        Ok(whole)
+        Ok(whole.marked(x.is_weight()))
     }
 
     /// Returns this rank's shard, along dimension `dim`, of the reduction of x over the ranks.
@@ -96,7 +96,7 @@ impl<B: Pointwise> Group<B> {
         let mut shard = Tensor::empty(self.device(), shape)?;
         let (send, recv) = (T::any_ref(x.slice()), T::any_mut(shard.slice_mut()?));
         self.run(&call, |communicator| communicator.reduce_scatter(&call, op, &shards, send, recv))?;
-        Ok(shard)
+        Ok(shard.marked(x.is_weight()))
     }
 
     /// x ← the x of rank `root`.

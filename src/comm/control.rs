@@ -86,13 +86,21 @@ impl<B: Pointwise> Group<B> {
     /// When a rank calls something else or is lost, or when the log cannot be written.
     #[track_caller]
     pub fn witness(&self) -> Result<()> {
+        const OP: &str = "witness";
         let Some(log) = audit::current() else { return Ok(()) };
         // What the other ranks have seen must not be lost when this machine fails.
         log.sync()?;
         let heads = self.all_gather_bytes(&log.head().to_bytes())?;
         let head = |bytes: &Vec<u8>| Head::from_bytes(bytes.as_slice().try_into().ok()?);
         let heads: Option<Vec<_>> = heads.iter().map(head).collect();
-        log.witness(&heads.ok_or_else(|| Error::internal("witness", "a rank sent no head of a log"))?)
+        let heads = heads.ok_or_else(|| Error::invalid(OP, "a rank has sent no head of a log"))?;
+        for (at, head) in heads.iter().enumerate() {
+            if let Some(earlier) = heads[..at].iter().position(|other| other.rank == head.rank) {
+                let reason = format!("ranks {earlier} and {at} both say that they are rank {}", head.rank);
+                return Err(Error::invalid(OP, reason));
+            }
+        }
+        log.witness(&heads)
     }
 
     /// Waits until `poll` returns a value on rank `root`, such as a request. Returns the value on

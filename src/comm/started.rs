@@ -76,7 +76,7 @@ impl<B: Pointwise> Group<B> {
         x: Tensor<T, B>,
         result: Shape,
     ) -> Result<Pending<T, B>> {
-        let call = Call { started: true, ..call };
+        let (call, is_weight) = (Call { started: true, ..call }, x.is_weight());
         let recv = T::any_buffer(self.device().empty::<T>(result.len())?);
         let send = T::any_buffer(x.into_buffer()?);
         let ticket = trace::enter(call.operation());
@@ -88,6 +88,7 @@ impl<B: Pointwise> Group<B> {
             ticket,
             call,
             shape: result,
+            is_weight,
             device: self.device().clone(),
             element: PhantomData,
         })
@@ -101,6 +102,7 @@ pub struct Pending<T: Element, B: Device> {
     ticket: trace::Ticket,
     call: Call,
     shape: Shape,
+    is_weight: bool,
     device: B,
     element: PhantomData<T>,
 }
@@ -119,6 +121,6 @@ impl<T: Element, B: Device> Pending<T, B> {
         let result = result?.of::<T>();
         let result = result
             .ok_or_else(|| Error::invalid("wait", "the communicator changed the element of its tensor"))?;
-        Tensor::from_buffer(&self.device, self.shape, result)
+        Ok(Tensor::from_buffer(&self.device, self.shape, result)?.marked(self.is_weight))
     }
 }

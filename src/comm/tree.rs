@@ -5,7 +5,7 @@
 //! ranks gather the shards. With one sub-tree per rank, and for an element type that is its own
 //! accumulator type, this moves as many bytes as a reduce-scatter and an all-gather.
 
-use super::{Group, ReduceOp, Shards};
+use super::{Group, Op, ReduceOp, Shards};
 use crate::{
     device::{Device, Element},
     error::{Error, Result, same_size},
@@ -64,14 +64,15 @@ impl<B: Pointwise> Group<B> {
     ///
     /// # Errors
     /// When the terms do not match this rank's sub-trees, the ranks disagree, or a rank is lost.
+    /// [`Error::NotPermitted`] as for [`Group::all_reduce`].
     #[track_caller]
     pub fn tree_all_reduce<T: Element>(
         &self,
         tree: &Tree,
         terms: Vec<Tensor<T::Acc, B>>,
     ) -> Result<Tensor<T, B>> {
-        let shape = self.check_terms(tree, &terms)?;
-        match Algorithm::of(tree, shape.len()) {
+        let (shape, is_weight) = self.check_terms(tree, &terms)?;
+        let sum: Tensor<T, B> = match Algorithm::of(tree, shape.len()) {
             Algorithm::Local => rounded(add_up(tree, 0..1, terms)?),
             Algorithm::Pair => {
                 let mut sum = one(terms)?;
@@ -91,7 +92,8 @@ impl<B: Pointwise> Group<B> {
                 let len = shard.len();
                 self.all_gather(&shard.reshape([len])?, 0, &partition)?.reshape(shape)
             }
-        }
+        }?;
+        Ok(sum.marked(is_weight))
     }
 
     /// Returns this rank's shard, along dimension `dim`, of [`Group::tree_all_reduce`]'s result.
@@ -111,7 +113,7 @@ impl<B: Pointwise> Group<B> {
         partition: &Partition,
     ) -> Result<Tensor<T, B>> {
         const OP: &str = "tree_reduce_scatter";
-        let shape = self.check_terms(tree, &terms)?;
+        let (shape, is_weight) = self.check_terms(tree, &terms)?;
         if dim >= shape.rank() {
             return Err(Error::invalid(OP, format!("dimension {dim} of a tensor of shape {shape}")));
         }
@@ -125,7 +127,7 @@ impl<B: Pointwise> Group<B> {
         )?;
         let local = shape.with(dim, partition.size(self.rank()));
         let shards = Shards::along(shape, dim, partition);
-        match Algorithm::of(tree, shape.len()) {
+        let shard: Tensor<T, B> = match Algorithm::of(tree, shape.len()) {
             Algorithm::Local => rounded(add_up(tree, 0..1, terms)?),
             Algorithm::Pair => rounded(self.reduce_scatter(ReduceOp::Sum, &one(terms)?, dim, partition)?),
             Algorithm::Gather => {
@@ -136,7 +138,8 @@ impl<B: Pointwise> Group<B> {
                 let terms = self.exchange_terms(tree, &terms, &shards)?;
                 rounded(add_up(tree, 0..self.size(), terms)?)?.reshape(local)
             }
-        }
+        }?;
+        Ok(shard.marked(is_weight))
     }
 
     /// For each step, the rank to send to and the rank to receive from.
@@ -145,9 +148,9 @@ impl<B: Pointwise> Group<B> {
         (1..size).map(move |step| ((rank + step) % size, (rank + size - step) % size))
     }
 
-    /// Checks that there is one term per sub-tree of this rank, all of one shape. Returns the
-    /// shape.
-    fn check_terms<A: Element>(&self, tree: &Tree, terms: &[Tensor<A, B>]) -> Result<Shape> {
+    /// Checks that there is one term per sub-tree of this rank, all of one shape, and that the ranks
+    /// may see them. Returns the shape, and whether a term is a weight.
+    fn check_terms<A: Element>(&self, tree: &Tree, terms: &[Tensor<A, B>]) -> Result<(Shape, bool)> {
         const OP: &str = "tree sum";
         same_size(OP, "the ranks of the tree", tree.ranks(), "the ranks of the group", self.size())?;
         let nodes = tree.nodes(self.rank()).len();
@@ -157,7 +160,9 @@ impl<B: Pointwise> Group<B> {
             let (dims, first) = (term.shape(), shape);
             crate::error::same_shape(OP, "a term", dims.dims(), "the first", first.dims())?;
         }
-        Ok(shape)
+        let weight = terms.iter().find(|term| term.is_weight());
+        weight.map_or(Ok(()), |weight| self.admit_all(Op::AllReduce, weight))?;
+        Ok((shape, weight.is_some()))
     }
 
     /// Gathers the terms of every rank, in rank order, and returns shard `shard` of each term.

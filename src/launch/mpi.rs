@@ -110,6 +110,7 @@ impl Mpi {
             Err(error) => Ok(Err(error.clone())),
         };
         trace::end(&result);
+        audit.iter().for_each(|audit| audit.failed(&result));
         let unread = match &result {
             Ok(Ok(_)) => universe.end(LostReason::Left, None),
             Ok(Err(error)) => universe.end(LostReason::Failed, Some(error)),

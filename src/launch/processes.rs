@@ -36,7 +36,7 @@ impl Env {
         let connections = match connections {
             Ok(connections) => connections,
             Err(error) => {
-                audit.failed(error.to_string());
+                audit.not_connected(&error);
                 return Err(error);
             }
         };
@@ -49,6 +49,7 @@ impl Env {
             Ok(Err(_)) => LostReason::Failed,
             Err(_) => LostReason::Panicked,
         });
+        audit.failed(&result);
         comm::settle();
         match result {
             Ok(Ok(result)) => connections.unread().map_or(Ok(result), Err),

@@ -36,67 +36,68 @@ impl Audit {
         signer: Option<Signer>,
         describe: impl FnOnce(Event) -> Event,
     ) -> Result<Self> {
-        let Some(folder) = folder else { return Ok(Self(None)) };
-        let log = AuditLog::open(folder, job, epoch, rank, signer)?;
-        let event = Event::new("start").number("world", world as u64);
-        log.write(&describe(event.text("version", env!("CARGO_PKG_VERSION"))).durable())?;
-        audit::begin(Some(log.clone()));
-        Ok(Self(Some(log)))
+        let open = |folder: &Path| -> Result<AuditLog> {
+            let log = AuditLog::open(folder, job, epoch, rank, signer)?;
+            let event = Event::new("start").number("world", world as u64);
+            log.write(&describe(event.text("version", env!("CARGO_PKG_VERSION"))).durable())?;
+            Ok(log)
+        };
+        let log = folder.map(open).transpose()?;
+        // Also without a log: this job may run within a rank of another one.
+        audit::begin(log.clone());
+        Ok(Self(log))
     }
 
     pub(super) fn log(&self) -> Option<&AuditLog> {
         self.0.as_ref()
     }
 
-    /// Runs `rank` with the group of all ranks. Writes `join`, `end`, and the witnesses of the
-    /// other ranks' logs: before `rank`, and after it if it returned without an error.
+    /// Runs `rank` with the group of all ranks. Writes `join`, and the witnesses of the other ranks'
+    /// logs: before `rank` and, behind `end`, after it, if it returned without an error. Otherwise
+    /// [`Audit::failed`] has to write the end, after the other ranks know of the failure.
     pub(super) fn run<R>(&self, world: Group<Cpu>, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Ended<R> {
         let Some(log) = &self.0 else { return catch_unwind(AssertUnwindSafe(|| rank(world))) };
-        let all = world.clone();
-        let joined = |world: Group<Cpu>| {
+        catch_unwind(AssertUnwindSafe(|| {
             log.write(&Event::new("join").text("channel", world.communicator().channel()))?;
-            world.witness()?;
-            rank(world)
-        };
-        let ended = catch_unwind(AssertUnwindSafe(|| joined(world)));
-        if let Err(error) = self.end(&ended) {
-            return Ok(Err(error));
-        }
-        if matches!(ended, Ok(Ok(_))) {
-            match catch_unwind(AssertUnwindSafe(|| all.witness())) {
-                Ok(Err(error @ Error::Io { .. })) => return Ok(Err(error)),
+            // A group of its own, so that the last exchange cannot be taken for a call of `rank`.
+            let all = world.split_all(0)?;
+            all.witness()?;
+            let result = rank(world)?;
+            log.write(&Event::new("end").text("result", "ok").durable())?;
+            match all.witness() {
+                Err(error @ Error::Io { .. }) => return Err(error),
                 // Without a log, the failure of another rank would not be this rank's either.
-                Ok(Err(error)) => tracing::warn!(
+                Err(error) => tracing::warn!(
                     target: "shardwise", rank = all.rank(), %error,
                     "the other ranks have not witnessed the end of the audit log"
                 ),
-                _ => {}
+                Ok(()) => {}
             }
-        }
-        ended
+            Ok(result)
+        }))
     }
 
-    /// Writes how the rank ended. Returns the error of the log only if the rank had none.
-    fn end<R>(&self, ended: &Ended<R>) -> Result<()> {
-        let Some(log) = &self.0 else { return Ok(()) };
-        match ended {
-            Ok(Ok(_)) => log.write(&Event::new("end").text("result", "ok").durable()),
-            Ok(Err(error)) => {
-                self.failed(text(error));
-                Ok(())
-            }
+    /// Writes how the rank ended, if it failed. An error of the log is not reported: the rank's own
+    /// is.
+    pub(super) fn failed<R>(&self, ended: &Ended<R>) {
+        let event = Event::new("end");
+        let event = match ended {
+            Ok(Ok(_)) => return,
+            Ok(Err(error)) => event.text("result", "failed").text("error", text(error)),
             // The text of a panic is the program's, and may have values of tensors.
-            Err(_) => {
-                let _ = log.write(&Event::new("end").text("result", "panicked").durable());
-                Ok(())
-            }
+            Err(_) => event.text("result", "panicked"),
+        };
+        if let Some(log) = &self.0 {
+            let _ = log.write(&event.durable());
         }
     }
 
-    /// Writes that the rank failed. An error of the log is not reported: the rank's own is.
-    pub(super) fn failed(&self, error: String) {
-        let Some(log) = &self.0 else { return };
-        let _ = log.write(&Event::new("end").text("result", "failed").text("error", error).durable());
+    /// Writes why the ranks have not connected.
+    pub(super) fn not_connected(&self, error: &Error) {
+        if let Some(log) = &self.0 {
+            let event = Event::new("end").text("result", "failed").text("error", error);
+            let _ = log.write(&event.durable());
+        }
     }
 }
 
@@ -112,8 +113,6 @@ fn text(error: &Error) -> String {
 
 impl Drop for Audit {
     fn drop(&mut self) {
-        if self.0.is_some() {
-            audit::end();
-        }
+        audit::end();
     }
 }

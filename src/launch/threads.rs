@@ -256,6 +256,7 @@ impl Threads {
                 Err(_) => LostReason::Panicked,
             });
             trace::end(&result);
+            audit.iter().for_each(|audit| audit.failed(&result));
             comm::settle();
             result
                 .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))

@@ -77,7 +77,7 @@ pub fn add<T: Element, B: Backend>(mut a: Tensor<T, B>, b: &Tensor<T, B>) -> Res
     same_shape("add", "a", a.shape().dims(), "b", b.shape().dims())?;
     if !a.is_shared() {
         a.accumulate(b)?;
-        return Ok(a);
+        return Ok(a.marked(false));
     }
     let mut y = Tensor::empty(a.device(), a.shape())?;
     a.device().add(a.mat(), b.mat(), y.mat_mut()?)?;

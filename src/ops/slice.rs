@@ -39,7 +39,7 @@ pub fn slice<T: Element, B: Backend>(
     let width = range.len() * inner;
     let to = MatMut::<T, B>::new(y.slice_mut()?, outer, width)?;
     x.device().copy(from.columns(range.start * inner..range.end * inner), to)?;
-    Ok(y.weight_if(x.is_weight()))
+    Ok(y.marked(x.is_weight()))
 }
 
 /// Concatenates tensors along dimension `dim`. The gradient of each tensor is its [`slice()`] of
@@ -84,5 +84,5 @@ pub fn concat<T: Element, B: Backend>(tensors: &[&Tensor<T, B>], dim: usize) -> 
         first.device().copy(from, to.columns(at..at + width))?;
         at += width;
     }
-    Ok(y.weight_if(tensors.iter().any(|tensor| tensor.is_weight())))
+    Ok(y.marked(tensors.iter().any(|tensor| tensor.is_weight())))
 }

@@ -188,12 +188,22 @@ impl Membership {
             };
             text.map(parse).transpose()
         };
+        // Names are printed.
+        let is_plain = |name: &str| !name.is_empty() && !name.chars().any(char::is_control);
+        if !is_plain(&job) {
+            return Err(format!(
+                "the job's name is {job:?}: it must not be empty or have control characters"
+            ));
+        }
         let member = |FileMember { rank, name, role, key, not_after }| {
             let role = role.parse::<Role>().map_err(|error| error.to_string())?;
             let who = who(rank, name.as_deref(), role);
             if role.joins() != rank.is_some() || role.joins() == name.is_some() {
                 let needs = if role.joins() { "a rank and no name" } else { "a name and no rank" };
                 return Err(format!("{who} has the role `{role}`, which needs {needs}"));
+            }
+            if name.as_deref().is_some_and(|name| !is_plain(name)) {
+                return Err(format!("{who:?} is no name: it must not be empty or have control characters"));
             }
             let public = PublicKey::parse(&key);
             let key = public.ok_or_else(|| format!("the key of {who} is no public key: `{key}`"))?;
@@ -427,6 +437,9 @@ mod tests {
         refused(Member { role: Role::Trainer, ..auditor.clone() }, "which needs a rank and no name");
         refused(Member { rank: Some(1), ..auditor.clone() }, "which needs a name and no rank");
         refused(Member { name: None, ..auditor.clone() }, "auditor without a name");
+        refused(Member { name: Some("a\nrank 9: checkpointer".into()), ..auditor.clone() }, "is no name");
+        refused(Member { name: Some(String::new()), ..auditor.clone() }, "is no name");
+        assert!(Membership::new("job\u{1b}[2J", 0..=0, None, [rank.clone()]).is_err());
         assert!(Membership::new("job", 0..=0, None, [auditor.clone()]).is_err());
         let listed = list(auditor.clone()).unwrap();
         assert_eq!(listed.members(), [rank.clone(), auditor.clone()]);

@@ -140,17 +140,17 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Rc::strong_count(&self.buffer) > 1
     }
 
-    /// Whether this tensor is the value of a [`Param`], or a clone, reshape, conversion, slice or
-    /// concatenation of one. Collectives then check the [roles](crate::security::Role) of the ranks
-    /// that would receive it. What operators compute, and what [`Param::rows`] looks up, is no
-    /// weight.
+    /// Whether this tensor is the value of a [`Param`], or a clone, reshape, conversion, slice,
+    /// concatenation or selection of rows of one, or the result of a collective on one. Collectives
+    /// check the [roles](crate::security::Role) of the ranks that would receive it. What operators
+    /// compute, what [`Param::rows`] looks up, and what another rank has sent is no weight.
     pub fn is_weight(&self) -> bool {
         self.is_weight
     }
 
-    /// The same tensor, which is a weight from now on if `is_weight` holds.
-    pub(crate) fn weight_if(self, is_weight: bool) -> Self {
-        Self { is_weight: self.is_weight || is_weight, ..self }
+    /// The same tensor, which is a weight from now on if `is_weight` holds, and no other one.
+    pub(crate) fn marked(self, is_weight: bool) -> Self {
+        Self { is_weight, ..self }
     }
 
     /// Returns the same elements in another shape, without a copy.
@@ -203,7 +203,7 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
     pub fn convert<U: Element>(&self) -> Result<Tensor<U, B>> {
         let mut to = Tensor::empty(&self.device, self.shape)?;
         self.device.copy(self.mat(), to.mat_mut()?)?;
-        Ok(to.weight_if(self.is_weight))
+        Ok(to.marked(self.is_weight))
     }
 
     /// Returns this tensor if its element type is `U`, and otherwise converts the values to `U`.
@@ -217,7 +217,7 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
         let (shape, device, is_weight) = (self.shape, self.device.clone(), self.is_weight);
         let buffer = T::any_buffer::<B>(self.into_buffer()?).of::<U>();
         let tensor = Tensor::from_buffer(&device, shape, buffer.expect("both element types are the same"))?;
-        Ok(tensor.weight_if(is_weight))
+        Ok(tensor.marked(is_weight))
     }
 
     /// `y[i] = self[ids[i]]`, and 0 where `ids[i]` is [`NO_ROW`](crate::kernels::NO_ROW).
@@ -241,7 +241,7 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
     {
         let mut y = Self::empty(&self.device, [ids.len(), self.shape.cols()])?;
         self.device.gather(self.mat(), ids, y.mat_mut()?)?;
-        Ok(y)
+        Ok(y.marked(self.is_weight))
     }
 
     /// `self += term`, both of the same shape.

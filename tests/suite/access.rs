@@ -15,7 +15,7 @@ use shardwise::{
         Role::{Aggregator, Checkpointer, Trainer},
         Roles,
     },
-    shard::{Axis, Mesh, Partition, Replicated, Shard},
+    shard::{Axis, Mesh, Partition, Replicated, Shard, Tree},
     tensor::{Param, Random, Region, Role, Weights},
     train::DataParallel,
     weights::{self, Checkpoint},
@@ -23,6 +23,8 @@ use shardwise::{
 use std::{path::Path, rc::Rc, time::Duration};
 
 const WORLD: usize = 3;
+/// The number of [`copies`].
+const COPIES: usize = 9;
 
 /// This rank's shard of a weight: two rows of two elements, which name the rank.
 fn weight(group: &Group<Dev>) -> Result<Param<f32, Dev>> {
@@ -52,6 +54,7 @@ fn copies(param: &Param<f32, Dev>) -> Result<Vec<(&'static str, Tensor)>> {
         ("the same element", value.clone().into_element()?),
         ("slice and concat", ops::concat(&[&zeros, &ops::slice(&value, 0, 1..2)?], 0)?),
         ("a value that was set", again.value()?),
+        ("rows", value.rows(&[1, 0])?),
         ("written", {
             let mut copy = value.clone();
             copy.slice_mut()?;
@@ -67,6 +70,10 @@ fn collectives() -> Vec<(&'static str, Send)> {
     /// The partition of all ranks' shards along dimension 0 or 1.
     fn shards() -> Partition {
         Partition::even(2 * WORLD, WORLD)
+    }
+    /// A sum with one term for each rank.
+    fn tree() -> Result<Tree> {
+        Tree::new("sum", "terms", WORLD, WORLD)
     }
     /// A whole dimension of 2, of which the last rank has nothing.
     fn halves() -> Partition {
@@ -99,6 +106,14 @@ fn collectives() -> Vec<(&'static str, Send)> {
         ("Partial::start_all_reduce", |group, x| {
             DTensor::partial(group, x)?.start_all_reduce()?.wait().map(drop)
         }),
+        ("tree_all_reduce", |group, x| group.tree_all_reduce::<f32>(&tree()?, vec![x]).map(drop)),
+        ("tree_all_reduce by exchanges", |group, x| {
+            let x = ops::concat(&vec![&x; 1024], 0)?;
+            group.tree_all_reduce::<f32>(&tree()?, vec![x]).map(drop)
+        }),
+        ("tree_reduce_scatter", |group, x| {
+            group.tree_reduce_scatter::<f32>(&tree()?, vec![x], 0, &halves()).map(drop)
+        }),
         ("recorded", |group, mut x| group.recorded().0.all_reduce(ReduceOp::Sum, &mut x)),
         ("a subgroup", |group, mut x| group.split_all(0)?.all_reduce(ReduceOp::Sum, &mut x)),
     ]
@@ -110,7 +125,7 @@ fn no_collective_sends_a_weight_to_a_trainer() {
     // With one trainer among three ranks, every rank is refused: the results would reach it.
     for roles in [[Checkpointer, Trainer, Aggregator], [Trainer; WORLD]] {
         for (name, send) in collectives() {
-            for at in 0..8 {
+            for at in 0..COPIES {
                 let job = ranks(WORLD).roles(roles);
                 let outcomes = job.run_each(|group| {
                     let (_, x) = copies(&weight(&group)?)?.swap_remove(at);
@@ -133,7 +148,7 @@ fn no_collective_sends_a_weight_to_a_trainer() {
         }
     }
     // Of the exchanges with the first roles, only rank 0 sends to a trainer.
-    assert_eq!(refused, collectives().len() * 8 * 2 * WORLD - 2 * 8);
+    assert_eq!(refused, collectives().len() * COPIES * 2 * WORLD - 2 * COPIES);
 }
 
 /// The same calls succeed if every rank may see weights, if there are no roles, and with a tensor
@@ -175,6 +190,31 @@ fn what_is_permitted_is_sent() {
     assert_eq!(received[0], received[1]);
 }
 
+/// Ranks that may see weights of each other gather one. Its copy is a weight too.
+#[test]
+fn what_is_gathered_is_a_weight() {
+    let outcomes = ranks(WORLD).roles([Checkpointer, Checkpointer, Trainer]).run_each(|group| {
+        let pair = group.split_all(u64::from(group.rank() == 2))?;
+        let own = weight(&group)?.value()?;
+        let (size, partition) = (pair.size(), Partition::even(2 * pair.size(), pair.size()));
+        let mut results = vec![
+            pair.all_gather(&own, 0, &partition)?,
+            pair.start_all_gather(own.clone(), 0, &partition)?.wait()?,
+            pair.start_all_reduce(ReduceOp::Sum, own.clone())?.wait()?,
+            pair.reduce_scatter(ReduceOp::Sum, &own, 0, &Partition::even(2, size))?,
+            pair.tree_all_reduce::<f32>(&Tree::new("sum", "terms", size, size)?, vec![own.clone()])?,
+        ];
+        let mut refused = 0;
+        for result in &mut results {
+            let outcome = group.broadcast(0, result);
+            assert!(matches!(outcome, Err(Error::NotPermitted { .. })), "{outcome:?}");
+            refused += 1;
+        }
+        Ok(refused)
+    });
+    assert_eq!(outcomes.unwrap(), [const { Ok(5) }; WORLD]);
+}
+
 /// A layer's outputs, products and lookups are no weights, so that trainers can compute.
 #[test]
 fn what_operators_compute_is_no_weight() {
@@ -183,6 +223,7 @@ fn what_operators_compute_is_no_weight() {
         let x = Tensor::full(group.device(), [2, 2], 1.0)?;
         assert!(!ops::linear(&x, &w.value()?, None, None)?.0.is_weight());
         assert!(!w.rows(&[0])?.is_weight());
+        assert!(!ops::add(ops::slice(&w.value()?, 0, 0..2)?, &x)?.is_weight());
         Ok(())
     });
     outcomes.unwrap();

@@ -152,6 +152,46 @@ fn ranks_that_end_far_apart_do_not_fail() {
     assert_eq!(verdict(folder.path()), Verdict::Incomplete);
 }
 
+/// A log does not change what a job reports.
+#[test]
+fn a_job_reports_with_logs_what_it_reports_without() {
+    type Act = fn(&shardwise::comm::Group<crate::dev::Dev>) -> Result<()>;
+    let acts: [(&str, Act); 3] = [
+        ("never received a message", |group| {
+            let x = Tensor::<f32>::zeros(group.device(), [1])?;
+            if group.rank() == 0 { group.exchange(Some((1, &x)), None).map(drop) } else { Ok(()) }
+        }),
+        ("was lost (it left the group)", |group| if group.rank() == 0 { Ok(()) } else { group.barrier() }),
+        ("was lost (it returned an error)", |group| {
+            if group.rank() == 0 { Err(Error::invalid("act", "fails")) } else { group.barrier() }
+        }),
+    ];
+    for (words, act) in acts {
+        let folder = tempfile::tempdir().unwrap();
+        for job in [ranks(2), ranks(2).audit(folder.path())] {
+            let outcomes = job.run_each(|group| act(&group)).unwrap();
+            assert!(outcomes[1].as_ref().unwrap_err().to_string().contains(words), "{words}: {outcomes:?}");
+            assert_eq!(outcomes[0].is_err(), words.contains("error"), "{outcomes:?}");
+        }
+    }
+}
+
+/// A job within a rank does not write to the rank's log.
+#[test]
+fn a_job_within_a_job_has_its_own_log_or_none() {
+    let [outer, inner] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let job = ranks(1).audit(outer.path()).run(|_| {
+        for job in [Threads::new(1), Threads::new(1).audit(inner.path())] {
+            job.run(|_| audit::record(&Event::new("within")))?;
+        }
+        audit::record(&Event::new("outside"))
+    });
+    job.unwrap();
+    let of = |folder: &Path| events(&logs(folder)[&0]).join(" ");
+    assert_eq!(of(outer.path()), "start join witness outside end witness");
+    assert_eq!(of(inner.path()), "start join witness within end witness");
+}
+
 #[test]
 fn roles_are_those_of_ranks() {
     for (roles, words) in [

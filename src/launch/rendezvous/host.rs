@@ -30,7 +30,8 @@ struct Board {
     /// The admitted connections, by rank. Empty after all ranks have connected.
     admitted: Mutex<Vec<Option<Peer>>>,
     refused: Mutex<Refused>,
-    audit: Option<AuditLog>,
+    /// None after all ranks have connected.
+    audit: Mutex<Option<AuditLog>>,
 }
 
 /// The refused connections.
@@ -51,10 +52,10 @@ struct Examined {
 }
 
 impl Board {
-    /// Writes to the audit log how many connections were refused.
+    /// Writes to the audit log how many connections were refused, and no later refusal.
     fn log_count(&self) {
         let count = lock(&self.refused).count;
-        if let Some(audit) = self.audit.as_ref().filter(|_| count > 0) {
+        if let Some(audit) = lock(&self.audit).take().filter(|_| count > 0) {
             let _ = audit.write(&Event::new("refuse").number("connections", count));
         }
     }
@@ -65,7 +66,8 @@ impl Rendezvous {
     pub(super) fn host(&self, deadline: Duration, audit: Option<&AuditLog>) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
         let admitted = Mutex::new((0..self.world).map(|_| None).collect());
-        let board = Arc::new(Board { admitted, refused: Mutex::default(), audit: audit.cloned() });
+        let board =
+            Arc::new(Board { admitted, refused: Mutex::default(), audit: Mutex::new(audit.cloned()) });
         if self.world > 1 {
             let listener = self.listen(begin, deadline)?;
             // The connections under examination, oldest first.
@@ -159,7 +161,7 @@ impl Rendezvous {
         let is_new = refused.logged.len() < AUDITED
             && refused.logged.insert((address.map(|address| address.ip()), reason.to_string()));
         drop(refused);
-        if let Some(audit) = board.audit.as_ref().filter(|_| is_new) {
+        if let Some(audit) = lock(&board.audit).as_ref().filter(|_| is_new) {
             // If the log fails, the next event of this rank reports it.
             let _ = audit.write(&Event::new("refuse").text("peer", &peer).text("reason", &reason));
         }

@@ -163,15 +163,16 @@ impl<T: Element, B: Backend> Param<T, B> {
     pub fn value(&self) -> Result<Tensor<T, B>> {
         let value = self.0.0.store.borrow().value()?;
         same_shape(OP, self.name(), self.shape().dims(), "its store's value", value.shape().dims())?;
-        Ok(value.weight_if(true))
+        Ok(value.marked(true))
     }
 
-    /// Looks up rows of a table, as [`Tensor::rows`].
+    /// Looks up rows of a table, as [`Tensor::rows`]. They are activations, and no weight
+    /// ([`Tensor::is_weight`]).
     ///
     /// # Errors
     /// As [`Store::rows`].
     pub fn rows(&self, ids: &[u32]) -> Result<Tensor<T, B>> {
-        self.0.0.store.borrow().rows(ids)
+        Ok(self.0.0.store.borrow().rows(ids)?.marked(false))
     }
 
     /// Whether the store is quantized. Such a parameter is frozen: it has no gradient, and
