@@ -158,8 +158,12 @@ fn a_job_reports_with_logs_what_it_reports_without() {
     type Act = fn(&shardwise::comm::Group<crate::dev::Dev>) -> Result<()>;
     let acts: [(&str, Act); 3] = [
         ("never received a message", |group| {
-            let x = Tensor::<f32>::zeros(group.device(), [1])?;
-            if group.rank() == 0 { group.exchange(Some((1, &x)), None).map(drop) } else { Ok(()) }
+            let (all, x) = (group.split_all(0)?, Tensor::<f32>::zeros(group.device(), [1])?);
+            if group.rank() == 0 {
+                group.exchange(Some((1, &x)), None)?;
+            }
+            // Rank 1 has not left before rank 0 sends.
+            all.barrier()
         }),
         ("was lost (it left the group)", |group| if group.rank() == 0 { Ok(()) } else { group.barrier() }),
         ("was lost (it returned an error)", |group| {
@@ -168,9 +172,10 @@ fn a_job_reports_with_logs_what_it_reports_without() {
     ];
     for (words, act) in acts {
         let folder = tempfile::tempdir().unwrap();
-        for job in [ranks(2), ranks(2).audit(folder.path())] {
+        for (at, job) in [ranks(2), ranks(2).audit(folder.path())].into_iter().enumerate() {
             let outcomes = job.run_each(|group| act(&group)).unwrap();
-            assert!(outcomes[1].as_ref().unwrap_err().to_string().contains(words), "{words}: {outcomes:?}");
+            let reported = outcomes[1].as_ref().is_err_and(|error| error.to_string().contains(words));
+            assert!(reported, "{words}, job {at}: {outcomes:?}");
             assert_eq!(outcomes[0].is_err(), words.contains("error"), "{outcomes:?}");
         }
     }
