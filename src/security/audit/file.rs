@@ -1,7 +1,7 @@
 //! Verifies the file of one rank.
 
 use super::{
-    line::{self, Hash, Line, sha256},
+    line::{self, Hash, Line, torn_hash},
     report::{
         Findings,
         Verdict::{Changed, Incomplete, Intact},
@@ -22,7 +22,7 @@ pub(super) struct Entry {
     pub(super) seq: u64,
     /// The line of the file, from 1.
     pub(super) line: u64,
-    /// The hash that the line has of itself; of a torn line, that of its bytes.
+    /// The hash that the line has of itself; of a torn line, the `prev` of the next one.
     pub(super) hash: Hash,
 }
 
@@ -85,6 +85,9 @@ struct Check<'a> {
     lists: Lists<'a>,
     out: Checked,
     next: Next,
+    /// The hash of the last line that has the form of a line, or zeros: before the line that is
+    /// read, and before the line before that.
+    last: [Hash; 2],
     start: Option<Start>,
     /// The first line whose time is before the time of an earlier line, and the number of such.
     backwards: Option<(u64, u64)>,
@@ -120,7 +123,8 @@ fn check_lines(path: &Path, mut from: impl BufRead, lists: Lists<'_>) -> io::Res
         signatures: 0,
     };
     let next = Next { seq: 0, prev: Some(Hash::default()) };
-    let mut check = Check { lists, out, next, start: None, backwards: None, unchecked: 0, unread: None };
+    let (last, start, backwards, unchecked, unread) = Default::default();
+    let mut check = Check { lists, out, next, last, start, backwards, unchecked, unread };
     let (mut bytes, mut before) = (Vec::new(), Vec::new());
     loop {
         bytes.clear();
@@ -140,6 +144,8 @@ fn check_lines(path: &Path, mut from: impl BufRead, lists: Lists<'_>) -> io::Res
                 check.ends_in_line();
             }
         }
+        check.last[1] = check.last[0];
+        check.last[0] = check.next.prev.unwrap_or(check.last[0]);
         std::mem::swap(&mut bytes, &mut before);
     }
     Ok(check.finish())
@@ -229,7 +235,8 @@ impl Check<'_> {
     /// Checks that the line continues the line before.
     fn chain(&mut self, line: &Line<'_>, before: &[u8]) {
         let torn = line.number("torn").filter(|_| line.event == "start");
-        let is_torn = |bytes: u64| bytes == before.len() as u64 && sha256(before) == line.prev;
+        let is_torn =
+            |bytes: u64| bytes == before.len() as u64 && torn_hash(&self.last[1], before) == line.prev;
         if torn.is_some_and(is_torn) && self.out.lines > 1 {
             // The line before is what a killed process has left. Others may have witnessed it.
             let (seq, at) = (self.next.seq.saturating_sub(1), self.out.lines - 1);
@@ -238,7 +245,7 @@ impl Check<'_> {
         } else {
             self.report_unread();
             if torn.is_some() {
-                self.add(Changed, "`torn` is not the length of the line before");
+                self.add(Changed, "`torn` or `prev` does not fit the lines before");
             } else if self.next.prev.is_some_and(|prev| prev != line.prev) {
                 self.add(Changed, "`prev` is not the hash of the line before");
             }

@@ -2,7 +2,7 @@
 
 use super::{
     event::{self, Event},
-    line::{self, Hash, Line, Place, hex, sha256},
+    line::{self, Hash, Line, Place, hex},
     signature::{self, Signer},
 };
 use crate::error::{Error, Result};
@@ -145,7 +145,7 @@ impl AuditLog {
             (seq, hash) = (line.seq + 1, line.hash);
         }
         if !torn.is_empty() {
-            (seq, hash) = (seq + 1, sha256(&torn));
+            (seq, hash) = (seq + 1, line::torn_hash(&hash, &torn));
         }
         let torn = Some(torn.len()).filter(|&bytes| bytes > 0);
         let job = Value::from(job).to_string();

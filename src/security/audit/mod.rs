@@ -17,7 +17,8 @@
 //!   base64 of Ed25519 over `shardwise audit` and the 32 bytes of the hash.
 //!
 //! A process that is killed while it writes leaves a line without an end. The next start keeps it,
-//! and has its length in the field `torn`; `prev` is then the SHA-256 of its bytes.
+//! and has its length in the field `torn`; `prev` is then the SHA-256 of the 32 bytes of the hash of
+//! the last whole line, or zeros, and the torn bytes.
 //!
 //! Fields are texts, integers, booleans, and lists and objects of these. They never have values of
 //! tensors, and never keys.

@@ -1,6 +1,6 @@
 //! What a verification says of logs that were not changed by somebody, and of other files.
 
-use super::job::{JOB, Job, RANKS, about, end, join, lines, rechain, replace_file, witness, write};
+use super::job::{JOB, Job, LINES, RANKS, about, end, join, lines, rechain, replace_file, witness, write};
 use crate::{
     error::Error,
     security::audit::{AuditLog, Event, Finding, Report, Verdict, line, verify},
@@ -114,6 +114,42 @@ fn torn_lines_are_no_changes() {
         put(1, &join(&all));
         let report = job.verify();
         assert!(about(&report, &job.path(1)).any(|finding| finding.line == Some(6)), "{report}");
+    }
+}
+
+/// Without a key, somebody changes a line before a torn one, and the hashes up to it.
+#[cfg(feature = "tls")]
+#[test]
+fn lines_before_a_torn_one_are_bound() {
+    // The torn line may lack only its newline.
+    for cut in [1, 20] {
+        let job = Job { keys: Some(super::job::Keys::new(RANKS)), ..Job::new(RANKS) };
+        job.run(0);
+        let logs = job.begin(1);
+        for name in ["data_set", "torn"] {
+            write(&logs, &Event::new(name).text("sha256", "ab".repeat(32)));
+        }
+        drop(logs);
+        let text = job.text(1);
+        replace_file(&job.path(1), &text.as_bytes()[..text.len() - cut]);
+        job.run(2);
+        let report = job.verify();
+        assert_eq!(report.verdict(), Verdict::Intact, "{cut}: {report}");
+        let text = job.text(1);
+        let torn = text.lines().position(|line| line.contains("\"torn\":")).unwrap() - 1;
+        assert_eq!(torn, LINES + 4);
+        for at in 0..torn {
+            let mut lines = lines(&text);
+            lines[at] = lines[at].replacen("\"utc\":\"20", "\"utc\":\"19", 1);
+            let after = lines.split_off(torn);
+            rechain(&mut lines, at);
+            lines.extend(after);
+            replace_file(&job.path(1), join(&lines).as_bytes());
+            let report = job.verify();
+            let found = about(&report, &job.path(1))
+                .any(|it| it.line == Some(torn as u64 + 2) && it.text.starts_with("`torn` or `prev`"));
+            assert!(found && report.verdict() == Verdict::Changed, "{cut}, line {at}: {report}");
+        }
     }
 }
 
