@@ -11,6 +11,7 @@ use super::{
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::{
+    collections::BTreeSet,
     fs::File,
     io::{self, BufRead, BufReader, Read},
     path::{Path, PathBuf},
@@ -68,10 +69,14 @@ struct Start {
     unsigned: Option<String>,
     /// Whether there is another event than `start` and `end`.
     worked: bool,
+    /// The number of ranks.
+    world: u64,
     /// The result of the event `end`.
     end: Option<String>,
-    /// Whether a `witness` follows `end`.
+    /// Whether a `witness` of all ranks follows `end`.
     witnessed: bool,
+    /// The line of a `witness` of some ranks that follows `end`.
+    partial: Option<u64>,
 }
 
 /// What the next line has to continue.
@@ -93,6 +98,9 @@ struct Check<'a> {
     backwards: Option<(u64, u64)>,
     /// The signatures that could not be verified.
     unchecked: u64,
+    /// The first of the lines that no later signature covers, and their number; none if the key is
+    /// not known.
+    uncovered: Option<(u64, u64)>,
     /// A line without the form of a line, and why. It may be a torn one.
     unread: Option<(u64, String)>,
 }
@@ -123,8 +131,8 @@ fn check_lines(path: &Path, mut from: impl BufRead, lists: Lists<'_>) -> io::Res
         signatures: 0,
     };
     let next = Next { seq: 0, prev: Some(Hash::default()) };
-    let (last, start, backwards, unchecked, unread) = Default::default();
-    let mut check = Check { lists, out, next, last, start, backwards, unchecked, unread };
+    let (last, start, backwards, unchecked, uncovered, unread) = Default::default();
+    let mut check = Check { lists, out, next, last, start, backwards, unchecked, uncovered, unread };
     let (mut bytes, mut before) = (Vec::new(), Vec::new());
     loop {
         bytes.clear();
@@ -204,16 +212,26 @@ impl Check<'_> {
             return;
         }
         start.worked |= !matches!(line.event, "start" | "end");
+        if start.end.is_some() && line.event != "witness" {
+            self.add(Changed, format!("`{}` follows `end`", line.event));
+            return;
+        }
         match line.event {
             "end" => match line.text("result") {
                 Some(result @ ("ok" | "failed" | "panicked")) => {
-                    (start.end, start.witnessed) = (Some(result.into()), false);
+                    start.end = Some(result.into());
                 }
                 _ => self.add(Changed, "`end` has no `result` that is ok, failed or panicked"),
             },
             "witness" => {
-                start.witnessed = start.end.is_some();
-                match heads(&line.fields) {
+                let heads = heads(&line.fields);
+                if start.end.is_some() {
+                    let ranks = heads.iter().flatten().map(|head| head.0).collect::<BTreeSet<_>>();
+                    let of_job = ranks.into_iter().filter(|rank| (*rank as u64) < start.world).count();
+                    start.witnessed |= of_job as u64 == start.world;
+                    start.partial = Some(at);
+                }
+                match heads {
                     None => self.add(Changed, "`witness` has no list of heads"),
                     // What a changed line says is of no use.
                     Some(heads) if whole => {
@@ -283,12 +301,21 @@ impl Check<'_> {
     fn start(&mut self, line: &Line<'_>) {
         self.out.killed.extend(self.start.as_ref().filter(|start| start.end.is_none()).map(|it| it.line));
         self.unsigned();
-        match line.number("world") {
+        let world = line.number("world");
+        match world {
             Some(world) if (line.rank as u64) < world => self.out.world = self.out.world.max(world),
             Some(world) => self.add(Changed, format!("rank {} of {world} ranks", line.rank)),
             None => self.add(Changed, "`start` has no number `world`"),
         }
-        let (verifier, unsigned) = match self.lists.choose(line) {
+        // A list that is not named by its SHA-256.
+        let membership = line.fields.get("membership");
+        let is_hash = membership.is_none_or(|list| list.as_str().and_then(line::parse_hex).is_some());
+        let chosen = if is_hash {
+            self.lists.choose(line)
+        } else {
+            Err((Changed, "`membership` is not 64 hexadecimal digits".into()))
+        };
+        let (verifier, unsigned) = match chosen {
             Ok(verifier) => (verifier, None),
             Err((Incomplete, text)) => (None, Some(text)),
             Err((kind, text)) => {
@@ -297,9 +324,10 @@ impl Check<'_> {
             }
         };
         self.out.starts += 1;
-        let (at, epoch) = (self.out.lines, line.epoch);
-        let (end, witnessed, worked) = Default::default();
-        self.start = Some(Start { line: at, epoch, verifier, unsigned, worked, end, witnessed });
+        let (at, epoch, world) = (self.out.lines, line.epoch, world.unwrap_or(0));
+        let (end, witnessed, partial, worked) = Default::default();
+        let line = at;
+        self.start = Some(Start { line, epoch, verifier, unsigned, worked, world, end, witnessed, partial });
     }
 
     /// Reports, at its end, a start whose lines should be signed. A rank that cannot use its list
@@ -320,11 +348,16 @@ impl Check<'_> {
             (Some(_), _) if !signs => self.add(Changed, format!("events `{}` are not signed", line.event)),
             (Some(signature), Some(verifier)) if verifier.verifies(&line.hash, signature) => {
                 self.out.signatures += 1;
+                self.uncovered = None;
             }
             (Some(_), Some(_)) => self.add(Changed, "the signature is not of the rank's key and this line"),
             (Some(_), None) => self.unchecked += 1,
             (None, Some(_)) if signs => self.add(Changed, "the line is not signed"),
-            (None, _) => {}
+            (None, Some(_)) => {
+                let (first, count) = self.uncovered.unwrap_or((self.out.lines, 0));
+                self.uncovered = Some((first, count + 1));
+            }
+            (None, None) => {}
         }
     }
 
@@ -347,15 +380,23 @@ impl Check<'_> {
             let line = Some(start.line);
             match start.end.as_deref() {
                 None => findings.add(line, Incomplete, "this start has no `end`"),
-                Some("ok") if !start.witnessed => {
-                    findings.add(line, Incomplete, "no `witness` follows the `end` of this start");
-                }
+                Some("ok") if !start.witnessed => match start.partial {
+                    Some(at) => {
+                        let text = "the `witness` after `end` does not name all ranks";
+                        findings.add(Some(at), Incomplete, text);
+                    }
+                    None => findings.add(line, Incomplete, "no `witness` follows the `end` of this start"),
+                },
                 Some(_) => {}
             }
         }
         if let Some((line, count)) = self.backwards {
             let text = format!("the clock went back before this line, in all {count} times");
             findings.add(Some(line), Intact, text);
+        }
+        if let Some((line, count)) = self.uncovered {
+            let text = format!("no signature follows this line: in all {count} such lines");
+            findings.add(Some(line), Incomplete, text);
         }
         if self.unchecked > 0 {
             let text = format!("{} signatures were not verified: their key is not known", self.unchecked);

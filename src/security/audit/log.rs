@@ -42,6 +42,8 @@ struct State {
     last: Hash,
     /// The number of bytes of a torn line at the end of the file.
     torn: Option<usize>,
+    /// Whether `end` was written.
+    ended: bool,
     /// The first failure.
     failed: Option<Error>,
     /// The line that is written; kept for its memory.
@@ -160,6 +162,7 @@ impl AuditLog {
             seq,
             last: hash,
             torn,
+            ended: false,
             failed: None,
             line: String::new(),
         };
@@ -173,7 +176,8 @@ impl AuditLog {
     /// Appends an event. It is in the file when this returns, and on the disk if it is durable.
     ///
     /// # Errors
-    /// When a field is not valid, or the line is longer than 16 MiB: then nothing was written. When
+    /// When a field is not valid, the line is longer than 16 MiB, or `end` was written and the event
+    /// is not `witness`, as a late `refuse` of a thread: then nothing was written. When
     /// the event cannot be written: then every later call returns the same error, because a log
     /// with a gap must not go unnoticed.
     pub(crate) fn write(&self, event: &Event) -> Result<()> {
@@ -230,6 +234,9 @@ impl State {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
+        if self.ended && event.name != "witness" {
+            return Err(event::after_end(event));
+        }
         self.line.clear();
         if self.torn.is_some() {
             self.line.push('\n');
@@ -252,6 +259,7 @@ impl State {
             return Err(error);
         }
         (self.seq, self.last, self.torn) = (seq + 1, hash, None);
+        self.ended |= event.name == "end";
         Ok(())
     }
 

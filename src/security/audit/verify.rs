@@ -56,6 +56,8 @@ pub fn verify_signed<P: AsRef<Path>>(
 fn verify_all<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>, lists: Lists<'_>) -> Result<Report> {
     let (mut jobs, mut report) = (BTreeMap::<String, Vec<(usize, Checked)>>::new(), Report::default());
     let mut unreadable = BTreeSet::new();
+    let mut paths = paths.into_iter().peekable();
+    let first = paths.peek().map(|path| path.as_ref().to_path_buf()).unwrap_or_default();
     for path in files(paths)? {
         let mut file = check(&path, lists)?;
         match file.of.take() {
@@ -69,8 +71,17 @@ fn verify_all<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>, lists: Lists<'
     if jobs.is_empty() && report.findings.is_empty() {
         return Err(Error::invalid("audit", "there are no audit logs (files that end in `.audit.jsonl`)"));
     }
+    for job in lists.jobs().into_iter().filter(|job| !jobs.contains_key(*job)) {
+        let mut findings = Findings::new(&first);
+        findings.add(
+            None,
+            Incomplete,
+            format!("there is no log of job `{job}`, whose list of keys is given"),
+        );
+        findings.append_to(&mut report.findings);
+    }
     for (name, files) in jobs {
-        Job::new(name, files).verify(&unreadable, &mut report);
+        Job::new(name, files).verify(&unreadable, lists, &mut report);
     }
     Ok(report)
 }
@@ -140,8 +151,9 @@ impl Job {
         Self { name, files, others, missing: Vec::new() }
     }
 
-    fn verify(mut self, unreadable: &BTreeSet<PathBuf>, report: &mut Report) {
+    fn verify(mut self, unreadable: &BTreeSet<PathBuf>, lists: Lists<'_>, report: &mut Report) {
         self.missing(unreadable);
+        self.unlisted(lists);
         let good = self.claims();
         for (at, (rank, file)) in self.files.iter_mut().enumerate() {
             let witnessed = good[at].values().copied().max().map_or(0, |seq| seq.saturating_add(1));
@@ -200,6 +212,28 @@ impl Job {
             let mut findings = Findings::new(folder);
             let text = format!("the files of {left} more ranks of job `{}` are missing", self.name);
             findings.add(None, Changed, text);
+            self.missing.push(findings);
+        }
+    }
+
+    /// Finds a job without a list among the given ones, and ranks of its lists that have no file.
+    /// Ranks of the starts are not listed twice.
+    fn unlisted(&mut self, lists: Lists<'_>) {
+        let jobs = lists.jobs();
+        if jobs.is_empty() {
+            return;
+        }
+        let Some((_, first)) = self.files.first_mut() else { return };
+        let folder = first.path.parent().unwrap_or(Path::new("")).to_path_buf();
+        if !jobs.contains(&*self.name) {
+            let text = "no list of the keys of this job is given, so no key has signed these lines";
+            first.findings.add(None, Incomplete, text);
+        }
+        let world = self.files.iter().map(|(_, file)| file.world).max().unwrap_or(0);
+        let has = |rank: usize| self.files.binary_search_by_key(&rank, |(rank, _)| *rank).is_ok();
+        for rank in lists.ranks(&self.name).into_iter().filter(|rank| *rank as u64 >= world && !has(*rank)) {
+            let mut findings = Findings::new(&AuditLog::path(&folder, &self.name, rank));
+            findings.add(None, Incomplete, format!("rank {rank} of the list of keys has no file"));
             self.missing.push(findings);
         }
     }

@@ -2,5 +2,7 @@
 
 mod job;
 mod log;
+#[cfg(feature = "tls")]
+mod signed;
 mod tamper;
 mod verify;
