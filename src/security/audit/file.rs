@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
-    fs::File,
+    fs::{self, File},
     io::{self, BufRead, BufReader, Read},
     path::{Path, PathBuf},
     time::SystemTime,
@@ -49,7 +49,7 @@ pub(super) struct Checked {
     pub(super) times: Option<[SystemTime; 2]>,
     /// The largest number of ranks of a start.
     pub(super) world: u64,
-    /// By number.
+    /// By number; of equal numbers the first line, then the others by hash.
     pub(super) entries: Vec<Entry>,
     pub(super) claims: Vec<Claim>,
     /// Whether the last line is a `witness`, which no other rank can have witnessed.
@@ -57,6 +57,26 @@ pub(super) struct Checked {
     /// The lines of earlier starts that have no `end`.
     pub(super) killed: Vec<u64>,
     pub(super) signatures: u64,
+}
+
+impl Checked {
+    /// A file of which no line was read.
+    pub(super) fn new(path: &Path) -> Self {
+        Self {
+            path: path.into(),
+            findings: Findings::new(path),
+            of: None,
+            lines: 0,
+            starts: 0,
+            times: None,
+            world: 0,
+            entries: Vec::new(),
+            claims: Vec::new(),
+            ends_in_witness: false,
+            killed: Vec::new(),
+            signatures: 0,
+        }
+    }
 }
 
 /// The start of the job to which the lines belong.
@@ -108,28 +128,16 @@ struct Check<'a> {
 /// Reads a file line by line.
 pub(super) fn check(path: &Path, lists: Lists<'_>) -> Result<Checked> {
     let io = |error: io::Error| Error::io(path, &error);
-    let file = File::open(path).map_err(io)?;
-    if !file.metadata().map_err(io)?.is_file() {
+    // To open something else, such as a pipe, may wait for ever.
+    if !fs::metadata(path).map_err(io)?.is_file() {
         return Err(Error::no_file(path));
     }
+    let file = File::open(path).map_err(io)?;
     check_lines(path, BufReader::with_capacity(1 << 16, file), lists).map_err(io)
 }
 
 fn check_lines(path: &Path, mut from: impl BufRead, lists: Lists<'_>) -> io::Result<Checked> {
-    let out = Checked {
-        path: path.into(),
-        findings: Findings::new(path),
-        of: None,
-        lines: 0,
-        starts: 0,
-        times: None,
-        world: 0,
-        entries: Vec::new(),
-        claims: Vec::new(),
-        ends_in_witness: false,
-        killed: Vec::new(),
-        signatures: 0,
-    };
+    let out = Checked::new(path);
     let next = Next { seq: 0, prev: Some(Hash::default()) };
     let (last, start, backwards, unchecked, uncovered, unread) = Default::default();
     let mut check = Check { lists, out, next, last, start, backwards, unchecked, uncovered, unread };
@@ -403,16 +411,22 @@ impl Check<'_> {
             findings.add(None, Intact, text);
         }
         self.out.entries.sort_by_key(|entry| entry.seq);
+        for same in self.out.entries.chunk_by_mut(|one, other| one.seq == other.seq) {
+            same[1..].sort_unstable_by_key(|entry| entry.hash);
+        }
         self.out
     }
 }
 
-/// The heads of an event `witness`: rank, number and hash of the last line of each rank.
+/// The heads of an event `witness`, each once: rank, number and hash of the last line of each rank.
 fn heads(fields: &Value) -> Option<Vec<(usize, u64, Hash)>> {
     let head = |head: &Value| {
         let head = head.as_object().filter(|head| head.len() == 3)?;
         let [rank, seq] = ["rank", "seq"].map(|key| head.get(key)?.as_u64());
         Some((usize::try_from(rank?).ok()?, seq?, line::parse_hex(head.get("hash")?.as_str()?)?))
     };
-    fields.get("heads")?.as_array()?.iter().map(head).collect()
+    let mut heads: Vec<_> = fields.get("heads")?.as_array()?.iter().map(head).collect::<Option<_>>()?;
+    heads.sort_unstable();
+    heads.dedup();
+    Some(heads)
 }

@@ -2,7 +2,7 @@
 
 use super::{
     event::{self, Event},
-    line::{self, Hash, Line, Place, hex},
+    line::{self, Hash, Line, Place, hex, sha256},
     signature::{self, Signer},
 };
 use crate::error::{Error, Result};
@@ -19,6 +19,8 @@ use std::{
 
 /// How long a start waits for an earlier one that still has the file.
 const WAIT: Duration = Duration::from_secs(5);
+/// The most characters of a job's name in the name of its files.
+const MAX_NAME: usize = 64;
 /// The bytes of the end of a file that are read first.
 const BLOCK: u64 = 1 << 13;
 
@@ -87,10 +89,17 @@ impl Head {
 }
 
 impl AuditLog {
-    /// Returns the path, in `folder`, of the audit log of rank `rank` of a job.
+    /// Returns the path, in `folder`, of the audit log of rank `rank` of a job. A name with other
+    /// characters than letters, digits and `-`, or with more than [`MAX_NAME`], is shortened, and
+    /// ends in digits of its SHA-256.
     pub(crate) fn path(folder: &Path, job: &str, rank: usize) -> PathBuf {
-        let job: String = job.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect();
-        folder.join(format!("{job}-rank{rank}.audit.jsonl"))
+        let fits = |c: char| if c.is_alphanumeric() { c } else { '-' };
+        let mut name: String = job.chars().take(MAX_NAME).map(fits).collect();
+        if name != job {
+            name.push('-');
+            name.push_str(&hex(&sha256(job.as_bytes()))[..8]);
+        }
+        folder.join(format!("{name}-rank{rank}.audit.jsonl"))
     }
 
     /// Opens the log of a rank, and makes folder and file if they do not exist. The file continues

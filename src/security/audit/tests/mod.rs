@@ -1,5 +1,6 @@
 //! Tests of the audit log.
 
+mod hostile;
 mod job;
 mod log;
 #[cfg(feature = "tls")]
