@@ -89,9 +89,9 @@ impl Head {
 }
 
 impl AuditLog {
-    /// Returns the path, in `folder`, of the audit log of rank `rank` of a job. A name with other
-    /// characters than letters, digits and `-`, or with more than [`MAX_NAME`], is shortened, and
-    /// ends in digits of its SHA-256.
+    /// Returns the path, in `folder`, of the audit log of rank `rank` of a job. If its name
+    /// has more than [`MAX_NAME`] characters, or others than alphanumeric ones and `-`, digits of
+    /// its SHA-256 follow the first ones.
     pub(crate) fn path(folder: &Path, job: &str, rank: usize) -> PathBuf {
         let fits = |c: char| if c.is_alphanumeric() { c } else { '-' };
         let mut name: String = job.chars().take(MAX_NAME).map(fits).collect();

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What is in the folder beside the logs and cannot be read does not hide what they say.
+/// What cannot be read in a folder does not hide what its logs say.
 #[cfg(unix)]
 #[test]
 fn other_entries_of_a_folder_are_findings() {
@@ -101,7 +101,7 @@ fn many_contradictions_take_little_time() {
     let head = |hash: u64| format!(r#"{{"rank":0,"seq":1,"hash":"{hash:064x}"}}"#);
     let alike = vec![head(1); 100_000];
     let different: Vec<_> = (0..100_000).map(head).collect();
-    for (heads, count) in [(alike, ""), (different, " (100000 such contradictions)")] {
+    for heads in [alike, different] {
         let (mut text, mut prev) = (whole.clone(), prev.clone());
         push(&mut text, &mut prev, 2, "witness", &format!("\"heads\":[{}]", heads.join(",")));
         let path = folder.path().join("x.audit.jsonl");
@@ -110,17 +110,7 @@ fn many_contradictions_take_little_time() {
         let report = verify([path]).unwrap();
         let took = begin.elapsed();
         assert!(took < Duration::from_secs(3), "{took:?}");
-        println!("{took:?}");
-        let last =
-            report.findings().iter().find(|it| it.text.contains("contradicts the line")).or_else(|| {
-                // The findings of a file are limited: its lines have used them up.
-                report.findings().last()
-            });
-        assert!(
-            last.is_some_and(|it| it.text.ends_with(count) || it.text.contains("more findings")),
-            "{report}"
-        );
-        assert_eq!(report.verdict(), Verdict::Changed);
+        assert_eq!((report.verdict(), report.logs()[0].lines), (Verdict::Changed, LINES + 2));
     }
 }
 

@@ -144,10 +144,9 @@ fn the_last_witness_names_all_ranks() {
     end(&logs, "ok");
     let heads: Vec<_> = logs.iter().map(AuditLog::head).collect();
     logs[1..].iter().for_each(|log| log.witness(&heads).unwrap());
-    let mut at = 4;
-    for some in [&[][..], &heads[..2], &heads[1..], &[heads[0], heads[0], heads[1]]] {
+    let too_few = [&[][..], &heads[..2], &heads[1..], &[heads[0], heads[0], heads[1]]];
+    for (at, some) in (5..).zip(too_few) {
         logs[0].witness(some).unwrap();
-        at += 1;
         let report = job.verify();
         let text = "the `witness` after `end` does not name all ranks";
         assert!(about(&report, &job.path(0)).any(|it| it.line == Some(at) && it.text == text), "{report}");
