@@ -113,6 +113,11 @@ pub(super) fn too_long(event: &Event, len: usize, most: usize) -> Error {
     Error::invalid(OP, reason)
 }
 
+/// The error of an event that comes too late.
+pub(super) fn after_end(event: &Event) -> Error {
+    Error::invalid(OP, format!("event `{}` follows `end`, and only `witness` may", event.name))
+}
+
 pub(super) fn is_event_name(name: &str) -> bool {
     (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
 }

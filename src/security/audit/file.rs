@@ -1,7 +1,7 @@
 //! Verifies the file of one rank.
 
 use super::{
-    line::{self, Hash, Line, sha256},
+    line::{self, Hash, Line, torn_hash},
     report::{
         Findings,
         Verdict::{Changed, Incomplete, Intact},
@@ -11,7 +11,8 @@ use super::{
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::{
-    fs::File,
+    collections::BTreeSet,
+    fs::{self, File},
     io::{self, BufRead, BufReader, Read},
     path::{Path, PathBuf},
     time::SystemTime,
@@ -22,7 +23,7 @@ pub(super) struct Entry {
     pub(super) seq: u64,
     /// The line of the file, from 1.
     pub(super) line: u64,
-    /// The hash that the line has of itself; of a torn line, that of its bytes.
+    /// The hash that the line has of itself; of a torn line, the `prev` of the next one.
     pub(super) hash: Hash,
 }
 
@@ -48,7 +49,7 @@ pub(super) struct Checked {
     pub(super) times: Option<[SystemTime; 2]>,
     /// The largest number of ranks of a start.
     pub(super) world: u64,
-    /// By number.
+    /// By number; of equal numbers the first line, then the others by hash.
     pub(super) entries: Vec<Entry>,
     pub(super) claims: Vec<Claim>,
     /// Whether the last line is a `witness`, which no other rank can have witnessed.
@@ -56,6 +57,26 @@ pub(super) struct Checked {
     /// The lines of earlier starts that have no `end`.
     pub(super) killed: Vec<u64>,
     pub(super) signatures: u64,
+}
+
+impl Checked {
+    /// A file of which no line was read.
+    pub(super) fn new(path: &Path) -> Self {
+        Self {
+            path: path.into(),
+            findings: Findings::new(path),
+            of: None,
+            lines: 0,
+            starts: 0,
+            times: None,
+            world: 0,
+            entries: Vec::new(),
+            claims: Vec::new(),
+            ends_in_witness: false,
+            killed: Vec::new(),
+            signatures: 0,
+        }
+    }
 }
 
 /// The start of the job to which the lines belong.
@@ -68,10 +89,14 @@ struct Start {
     unsigned: Option<String>,
     /// Whether there is another event than `start` and `end`.
     worked: bool,
+    /// The number of ranks.
+    world: u64,
     /// The result of the event `end`.
     end: Option<String>,
-    /// Whether a `witness` follows `end`.
+    /// Whether a `witness` of all ranks follows `end`.
     witnessed: bool,
+    /// The line of a `witness` of some ranks that follows `end`.
+    partial: Option<u64>,
 }
 
 /// What the next line has to continue.
@@ -85,11 +110,17 @@ struct Check<'a> {
     lists: Lists<'a>,
     out: Checked,
     next: Next,
+    /// The hash of the last line that has the form of a line, or zeros: before the line that is
+    /// read, and before the line before that.
+    last: [Hash; 2],
     start: Option<Start>,
     /// The first line whose time is before the time of an earlier line, and the number of such.
     backwards: Option<(u64, u64)>,
     /// The signatures that could not be verified.
     unchecked: u64,
+    /// The first of the lines that no later signature covers, and their number; none if the key is
+    /// not known.
+    uncovered: Option<(u64, u64)>,
     /// A line without the form of a line, and why. It may be a torn one.
     unread: Option<(u64, String)>,
 }
@@ -97,30 +128,19 @@ struct Check<'a> {
 /// Reads a file line by line.
 pub(super) fn check(path: &Path, lists: Lists<'_>) -> Result<Checked> {
     let io = |error: io::Error| Error::io(path, &error);
-    let file = File::open(path).map_err(io)?;
-    if !file.metadata().map_err(io)?.is_file() {
+    // To open something else, such as a pipe, may wait for ever.
+    if !fs::metadata(path).map_err(io)?.is_file() {
         return Err(Error::no_file(path));
     }
+    let file = File::open(path).map_err(io)?;
     check_lines(path, BufReader::with_capacity(1 << 16, file), lists).map_err(io)
 }
 
 fn check_lines(path: &Path, mut from: impl BufRead, lists: Lists<'_>) -> io::Result<Checked> {
-    let out = Checked {
-        path: path.into(),
-        findings: Findings::new(path),
-        of: None,
-        lines: 0,
-        starts: 0,
-        times: None,
-        world: 0,
-        entries: Vec::new(),
-        claims: Vec::new(),
-        ends_in_witness: false,
-        killed: Vec::new(),
-        signatures: 0,
-    };
+    let out = Checked::new(path);
     let next = Next { seq: 0, prev: Some(Hash::default()) };
-    let mut check = Check { lists, out, next, start: None, backwards: None, unchecked: 0, unread: None };
+    let (last, start, backwards, unchecked, uncovered, unread) = Default::default();
+    let mut check = Check { lists, out, next, last, start, backwards, unchecked, uncovered, unread };
     let (mut bytes, mut before) = (Vec::new(), Vec::new());
     loop {
         bytes.clear();
@@ -140,6 +160,8 @@ fn check_lines(path: &Path, mut from: impl BufRead, lists: Lists<'_>) -> io::Res
                 check.ends_in_line();
             }
         }
+        check.last[1] = check.last[0];
+        check.last[0] = check.next.prev.unwrap_or(check.last[0]);
         std::mem::swap(&mut bytes, &mut before);
     }
     Ok(check.finish())
@@ -198,16 +220,26 @@ impl Check<'_> {
             return;
         }
         start.worked |= !matches!(line.event, "start" | "end");
+        if start.end.is_some() && line.event != "witness" {
+            self.add(Changed, format!("`{}` follows `end`", line.event));
+            return;
+        }
         match line.event {
             "end" => match line.text("result") {
                 Some(result @ ("ok" | "failed" | "panicked")) => {
-                    (start.end, start.witnessed) = (Some(result.into()), false);
+                    start.end = Some(result.into());
                 }
                 _ => self.add(Changed, "`end` has no `result` that is ok, failed or panicked"),
             },
             "witness" => {
-                start.witnessed = start.end.is_some();
-                match heads(&line.fields) {
+                let heads = heads(&line.fields);
+                if start.end.is_some() {
+                    let ranks = heads.iter().flatten().map(|head| head.0).collect::<BTreeSet<_>>();
+                    let of_job = ranks.into_iter().filter(|rank| (*rank as u64) < start.world).count();
+                    start.witnessed |= of_job as u64 == start.world;
+                    start.partial = Some(at);
+                }
+                match heads {
                     None => self.add(Changed, "`witness` has no list of heads"),
                     // What a changed line says is of no use.
                     Some(heads) if whole => {
@@ -229,7 +261,8 @@ impl Check<'_> {
     /// Checks that the line continues the line before.
     fn chain(&mut self, line: &Line<'_>, before: &[u8]) {
         let torn = line.number("torn").filter(|_| line.event == "start");
-        let is_torn = |bytes: u64| bytes == before.len() as u64 && sha256(before) == line.prev;
+        let is_torn =
+            |bytes: u64| bytes == before.len() as u64 && torn_hash(&self.last[1], before) == line.prev;
         if torn.is_some_and(is_torn) && self.out.lines > 1 {
             // The line before is what a killed process has left. Others may have witnessed it.
             let (seq, at) = (self.next.seq.saturating_sub(1), self.out.lines - 1);
@@ -238,7 +271,7 @@ impl Check<'_> {
         } else {
             self.report_unread();
             if torn.is_some() {
-                self.add(Changed, "`torn` is not the length of the line before");
+                self.add(Changed, "`torn` or `prev` does not fit the lines before");
             } else if self.next.prev.is_some_and(|prev| prev != line.prev) {
                 self.add(Changed, "`prev` is not the hash of the line before");
             }
@@ -276,12 +309,21 @@ impl Check<'_> {
     fn start(&mut self, line: &Line<'_>) {
         self.out.killed.extend(self.start.as_ref().filter(|start| start.end.is_none()).map(|it| it.line));
         self.unsigned();
-        match line.number("world") {
+        let world = line.number("world");
+        match world {
             Some(world) if (line.rank as u64) < world => self.out.world = self.out.world.max(world),
             Some(world) => self.add(Changed, format!("rank {} of {world} ranks", line.rank)),
             None => self.add(Changed, "`start` has no number `world`"),
         }
-        let (verifier, unsigned) = match self.lists.choose(line) {
+        // A list that is not named by its SHA-256.
+        let membership = line.fields.get("membership");
+        let is_hash = membership.is_none_or(|list| list.as_str().and_then(line::parse_hex).is_some());
+        let chosen = if is_hash {
+            self.lists.choose(line)
+        } else {
+            Err((Changed, "`membership` is not 64 hexadecimal digits".into()))
+        };
+        let (verifier, unsigned) = match chosen {
             Ok(verifier) => (verifier, None),
             Err((Incomplete, text)) => (None, Some(text)),
             Err((kind, text)) => {
@@ -290,9 +332,10 @@ impl Check<'_> {
             }
         };
         self.out.starts += 1;
-        let (at, epoch) = (self.out.lines, line.epoch);
-        let (end, witnessed, worked) = Default::default();
-        self.start = Some(Start { line: at, epoch, verifier, unsigned, worked, end, witnessed });
+        let (at, epoch, world) = (self.out.lines, line.epoch, world.unwrap_or(0));
+        let (end, witnessed, partial, worked) = Default::default();
+        let line = at;
+        self.start = Some(Start { line, epoch, verifier, unsigned, worked, world, end, witnessed, partial });
     }
 
     /// Reports, at its end, a start whose lines should be signed. A rank that cannot use its list
@@ -313,11 +356,16 @@ impl Check<'_> {
             (Some(_), _) if !signs => self.add(Changed, format!("events `{}` are not signed", line.event)),
             (Some(signature), Some(verifier)) if verifier.verifies(&line.hash, signature) => {
                 self.out.signatures += 1;
+                self.uncovered = None;
             }
             (Some(_), Some(_)) => self.add(Changed, "the signature is not of the rank's key and this line"),
             (Some(_), None) => self.unchecked += 1,
             (None, Some(_)) if signs => self.add(Changed, "the line is not signed"),
-            (None, _) => {}
+            (None, Some(_)) => {
+                let (first, count) = self.uncovered.unwrap_or((self.out.lines, 0));
+                self.uncovered = Some((first, count + 1));
+            }
+            (None, None) => {}
         }
     }
 
@@ -340,9 +388,13 @@ impl Check<'_> {
             let line = Some(start.line);
             match start.end.as_deref() {
                 None => findings.add(line, Incomplete, "this start has no `end`"),
-                Some("ok") if !start.witnessed => {
-                    findings.add(line, Incomplete, "no `witness` follows the `end` of this start");
-                }
+                Some("ok") if !start.witnessed => match start.partial {
+                    Some(at) => {
+                        let text = "the `witness` after `end` does not name all ranks";
+                        findings.add(Some(at), Incomplete, text);
+                    }
+                    None => findings.add(line, Incomplete, "no `witness` follows the `end` of this start"),
+                },
                 Some(_) => {}
             }
         }
@@ -350,21 +402,31 @@ impl Check<'_> {
             let text = format!("the clock went back before this line, in all {count} times");
             findings.add(Some(line), Intact, text);
         }
+        if let Some((line, count)) = self.uncovered {
+            let text = format!("no signature follows this line: in all {count} such lines");
+            findings.add(Some(line), Incomplete, text);
+        }
         if self.unchecked > 0 {
             let text = format!("{} signatures were not verified: their key is not known", self.unchecked);
             findings.add(None, Intact, text);
         }
         self.out.entries.sort_by_key(|entry| entry.seq);
+        for same in self.out.entries.chunk_by_mut(|one, other| one.seq == other.seq) {
+            same[1..].sort_unstable_by_key(|entry| entry.hash);
+        }
         self.out
     }
 }
 
-/// The heads of an event `witness`: rank, number and hash of the last line of each rank.
+/// The heads of an event `witness`, each once: rank, number and hash of the last line of each rank.
 fn heads(fields: &Value) -> Option<Vec<(usize, u64, Hash)>> {
     let head = |head: &Value| {
         let head = head.as_object().filter(|head| head.len() == 3)?;
         let [rank, seq] = ["rank", "seq"].map(|key| head.get(key)?.as_u64());
         Some((usize::try_from(rank?).ok()?, seq?, line::parse_hex(head.get("hash")?.as_str()?)?))
     };
-    fields.get("heads")?.as_array()?.iter().map(head).collect()
+    let mut heads: Vec<_> = fields.get("heads")?.as_array()?.iter().map(head).collect::<Option<_>>()?;
+    heads.sort_unstable();
+    heads.dedup();
+    Some(heads)
 }

@@ -19,6 +19,8 @@ use std::{
 
 /// How long a start waits for an earlier one that still has the file.
 const WAIT: Duration = Duration::from_secs(5);
+/// The most characters of a job's name in the name of its files.
+const MAX_NAME: usize = 64;
 /// The bytes of the end of a file that are read first.
 const BLOCK: u64 = 1 << 13;
 
@@ -42,6 +44,8 @@ struct State {
     last: Hash,
     /// The number of bytes of a torn line at the end of the file.
     torn: Option<usize>,
+    /// Whether `end` was written.
+    ended: bool,
     /// The first failure.
     failed: Option<Error>,
     /// The line that is written; kept for its memory.
@@ -85,10 +89,17 @@ impl Head {
 }
 
 impl AuditLog {
-    /// Returns the path, in `folder`, of the audit log of rank `rank` of a job.
+    /// Returns the path, in `folder`, of the audit log of rank `rank` of a job. If its name
+    /// has more than [`MAX_NAME`] characters, or others than alphanumeric ones and `-`, digits of
+    /// its SHA-256 follow the first ones.
     pub(crate) fn path(folder: &Path, job: &str, rank: usize) -> PathBuf {
-        let job: String = job.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect();
-        folder.join(format!("{job}-rank{rank}.audit.jsonl"))
+        let fits = |c: char| if c.is_alphanumeric() { c } else { '-' };
+        let mut name: String = job.chars().take(MAX_NAME).map(fits).collect();
+        if name != job {
+            name.push('-');
+            name.push_str(&hex(&sha256(job.as_bytes()))[..8]);
+        }
+        folder.join(format!("{name}-rank{rank}.audit.jsonl"))
     }
 
     /// Opens the log of a rank, and makes folder and file if they do not exist. The file continues
@@ -145,7 +156,7 @@ impl AuditLog {
             (seq, hash) = (line.seq + 1, line.hash);
         }
         if !torn.is_empty() {
-            (seq, hash) = (seq + 1, sha256(&torn));
+            (seq, hash) = (seq + 1, line::torn_hash(&hash, &torn));
         }
         let torn = Some(torn.len()).filter(|&bytes| bytes > 0);
         let job = Value::from(job).to_string();
@@ -160,6 +171,7 @@ impl AuditLog {
             seq,
             last: hash,
             torn,
+            ended: false,
             failed: None,
             line: String::new(),
         };
@@ -173,7 +185,8 @@ impl AuditLog {
     /// Appends an event. It is in the file when this returns, and on the disk if it is durable.
     ///
     /// # Errors
-    /// When a field is not valid, or the line is longer than 16 MiB: then nothing was written. When
+    /// When a field is not valid, the line is longer than 16 MiB, or `end` was written and the event
+    /// is not `witness`, as a late `refuse` of a thread: then nothing was written. When
     /// the event cannot be written: then every later call returns the same error, because a log
     /// with a gap must not go unnoticed.
     pub(crate) fn write(&self, event: &Event) -> Result<()> {
@@ -230,6 +243,9 @@ impl State {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
+        if self.ended && event.name != "witness" {
+            return Err(event::after_end(event));
+        }
         self.line.clear();
         if self.torn.is_some() {
             self.line.push('\n');
@@ -252,6 +268,7 @@ impl State {
             return Err(error);
         }
         (self.seq, self.last, self.torn) = (seq + 1, hash, None);
+        self.ended |= event.name == "end";
         Ok(())
     }
 

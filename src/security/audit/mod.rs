@@ -17,15 +17,31 @@
 //!   base64 of Ed25519 over `shardwise audit` and the 32 bytes of the hash.
 //!
 //! A process that is killed while it writes leaves a line without an end. The next start keeps it,
-//! and has its length in the field `torn`; `prev` is then the SHA-256 of its bytes.
+//! and has its length in the field `torn`; `prev` is then the SHA-256 of the 32 bytes of the hash of
+//! the last whole line, or zeros, and the torn bytes.
 //!
 //! Fields are texts, integers, booleans, and lists and objects of these. They never have values of
 //! tensors, and never keys.
 //!
-//! [`verify`] checks the files of a job. Not noticed are: lines after the last `witness` of all
-//! ranks that are removed together with what would follow them; the files of all ranks replaced by
-//! earlier copies; and, without signatures, whatever is done by somebody who can write the files of
-//! all ranks.
+//! In the names of files, `-` replaces every character of a job's name that is not alphanumeric. If
+//! that changes the name, or it has more than 64 characters, 64 of them and 8 hexadecimal digits of
+//! the SHA-256 of the name are used. After `end`, a log has nothing but `witness` until the next
+//! `start`.
+//!
+//! [`verify`] checks the files of a job. Not noticed are:
+//!
+//! * the files of all ranks replaced by earlier copies of one time, or all removed (but that there
+//!   is no log of a job whose list of keys is given is noticed);
+//! * between a crash and the next start: lines of a killed rank after the last `witness` that
+//!   another rank has written, if they are removed, or changed with all hashes after them. Until the
+//!   next start the verdict is [`Verdict::Incomplete`] anyway;
+//! * what somebody who has a rank's key and can write its file does after the last `witness` that
+//!   another rank has written;
+//! * at the end of a file, an added or removed start that names no list of keys and only failed: it
+//!   is a note of the report;
+//! * without signatures or without the list of keys: `utc` of the last `witness` of a file, and heads
+//!   in it of earlier lines instead of the last ones; and whatever is done by somebody who can write
+//!   the files of all ranks.
 
 mod event;
 mod file;
@@ -85,7 +101,8 @@ pub(crate) fn current() -> Option<AuditLog> {
 ///
 /// # Errors
 /// When the event's name is not 1 to 64 of `a` to `z` and `_`, or is one of the library's own
-/// (`start`, `join`, `refuse`, `save`, `load`, `gather`, `deny`, `witness`, `end`); when a field's name is not 1 to 64 of `a` to `z`, `0` to `9` and `_`, or occurs twice;
+/// (`start`, `join`, `refuse`, `save`, `load`, `gather`, `deny`, `witness`, `end`); when a field's
+/// name is not 1 to 64 of `a` to `z`, `0` to `9` and `_`, or occurs twice;
 /// when the line is longer than 1 MiB; or when this or an earlier event could not be written.
 pub fn record(event: &Event) -> Result<()> {
     event.check_name()?;

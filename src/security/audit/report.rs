@@ -37,6 +37,19 @@ impl fmt::Display for Verdict {
     }
 }
 
+/// A text of the files as one line without control characters. Quotes stay as they are.
+struct Escaped<'a>(&'a str);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for part in self.0.split_inclusive(['"', '\'']) {
+            let text = part.trim_end_matches(['"', '\'']);
+            write!(f, "{}{}", text.escape_debug(), &part[text.len()..])?;
+        }
+        Ok(())
+    }
+}
+
 /// Something that a verification has found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -47,19 +60,19 @@ pub struct Finding {
     pub line: Option<u64>,
     /// What follows from this finding alone. [`Verdict::Intact`] is a note.
     pub kind: Verdict,
-    /// What was found.
+    /// What was found. It may have texts of the files as they are; `Display` escapes them.
     pub text: String,
 }
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { path, line, kind, text } = self;
-        write!(f, "{}", path.display())?;
+        write!(f, "{}", Escaped(&path.display().to_string()))?;
         if let Some(line) = line {
             write!(f, ":{line}")?;
         }
         let kind = if *kind == Verdict::Intact { "note" } else { kind.name() };
-        write!(f, ": {kind}: {text}")
+        write!(f, ": {kind}: {}", Escaped(text))
     }
 }
 
@@ -86,7 +99,7 @@ pub struct RankLog {
 }
 
 /// The result of [`verify`](super::verify). `Display` has a line for each rank, then a line for
-/// each finding, then the verdict.
+/// each finding, then the verdict. Control characters of names and texts are escaped.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     pub(super) logs: Vec<RankLog>,
@@ -114,7 +127,8 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for log in &self.logs {
             let [first, last] = log.times.map(humantime::format_rfc3339_seconds);
-            let RankLog { job, rank, lines, starts, witnessed, signatures, .. } = log;
+            let job = Escaped(&log.job);
+            let RankLog { rank, lines, starts, witnessed, signatures, .. } = log;
             writeln!(
                 f,
                 "job {job}, rank {rank}: starts {starts}, lines {lines}, witnessed by other ranks {witnessed}, \

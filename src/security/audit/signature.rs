@@ -27,6 +27,7 @@ mod signed {
         },
     };
     use base64::{Engine, prelude::BASE64_STANDARD};
+    use std::collections::BTreeSet;
 
     /// What is signed: this text, and the hash of the line.
     pub(super) fn message(hash: &Hash) -> [u8; 47] {
@@ -72,6 +73,17 @@ mod signed {
             Self(lists)
         }
 
+        /// The jobs of the lists.
+        pub(in crate::security::audit) fn jobs(&self) -> BTreeSet<&'a str> {
+            self.0.iter().map(Membership::job).collect()
+        }
+
+        /// The ranks that the lists of a job have.
+        pub(in crate::security::audit) fn ranks(&self, job: &str) -> BTreeSet<usize> {
+            let lists = self.0.iter().filter(|list| list.job() == job);
+            lists.flat_map(Membership::members).filter_map(|member| member.rank).collect()
+        }
+
         /// Returns the key that signs the lines of a start; none if they need no signature. The
         /// error is what follows from a list that does not fit, and the reason.
         pub(in crate::security::audit) fn choose(
@@ -103,7 +115,11 @@ mod signed {
                 );
                 (Verdict::Changed, text)
             })?;
-            Ok(Some(&member.key).filter(|key| key.is_ed25519()).map(|key| Verifier(key.clone())))
+            if !member.key.is_ed25519() {
+                let text = "the rank's key is not Ed25519, so it has signed nothing";
+                return Err((Verdict::Incomplete, text.into()));
+            }
+            Ok(Some(Verifier(member.key.clone())))
         }
     }
 }
@@ -117,7 +133,7 @@ mod unsigned {
             line::{Hash, Line},
         },
     };
-    use std::marker::PhantomData;
+    use std::{collections::BTreeSet, marker::PhantomData};
 
     /// Without the feature `tls` there are no keys.
     #[derive(Clone, Debug)]
@@ -141,7 +157,15 @@ mod unsigned {
     #[derive(Clone, Copy, Default)]
     pub(in crate::security::audit) struct Lists<'a>(PhantomData<&'a ()>);
 
-    impl Lists<'_> {
+    impl<'a> Lists<'a> {
+        pub(in crate::security::audit) fn jobs(&self) -> BTreeSet<&'a str> {
+            BTreeSet::new()
+        }
+
+        pub(in crate::security::audit) fn ranks(&self, _: &str) -> BTreeSet<usize> {
+            BTreeSet::new()
+        }
+
         pub(in crate::security::audit) fn choose(
             &self,
             _: &Line<'_>,

@@ -2,6 +2,7 @@
 
 use super::{
     file::{Checked, Claim, Entry, check},
+    line::Hash,
     log::AuditLog,
     report::{
         Findings, RankLog, Report,
@@ -21,16 +22,19 @@ const MOST_MISSING: usize = 10;
 
 /// Verifies audit logs: files, or folders of files that end in `.audit.jsonl`. The files of each
 /// job are compared with each other, so all of them have to be given. Lines are read one after the
-/// other; 48 bytes of each are kept.
+/// other. In memory stay 48 bytes of each line, and 64 bytes of each head in a `witness`: with R
+/// ranks that write W of them each, 64 W R² bytes.
 ///
 /// `Changed` are lines whose form, number or hash is wrong, or whose rank or job is not the file's,
-/// or whose epoch is not that of their start; lines that another rank has witnessed and
-/// that are missing or have another hash; missing files of ranks. `Incomplete` are a last start
-/// without `end`, an `end` with result `ok` without a `witness` after it, a file that ends within a
-/// line, and lines that no other rank has witnessed, except a `witness` at the end of a file.
+/// or whose epoch is not that of their start, or that follow an `end` and are no `witness`; lines
+/// that another rank has witnessed and that are missing or have another hash; missing files of
+/// ranks; and what is in a folder under the name of an audit log and is no file, or cannot be read.
+/// `Incomplete` are a last start without `end`, a last `end` with result `ok` without a `witness` of
+/// all ranks after it, a file that ends within a line, and lines that no other rank has witnessed,
+/// except a `witness` at the end of a file.
 ///
 /// # Errors
-/// When a file cannot be read, or there is none.
+/// When a path does not exist or cannot be read, or there is no file.
 pub fn verify<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Report> {
     verify_all(paths, Lists::default())
 }
@@ -40,7 +44,9 @@ pub fn verify<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Repo
 /// The field `membership` of an event `start` is the SHA-256 of the list that was used. `Changed`
 /// are then also lines `end` and `witness` without a signature of the rank's key, and a rank or an
 /// epoch that the list does not have. `Incomplete` are starts whose list was not given or not
-/// named, unless they only failed.
+/// named, or whose key is not Ed25519, unless they only failed; lines after the last signature of a
+/// file; jobs of which no list is given; given lists of whose job there is no log; and ranks of a
+/// list that have no file. All of that is asked only if a list is given.
 ///
 /// # Errors
 /// As [`verify`].
@@ -56,12 +62,14 @@ pub fn verify_signed<P: AsRef<Path>>(
 fn verify_all<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>, lists: Lists<'_>) -> Result<Report> {
     let (mut jobs, mut report) = (BTreeMap::<String, Vec<(usize, Checked)>>::new(), Report::default());
     let mut unreadable = BTreeSet::new();
-    for path in files(paths)? {
-        let mut file = check(&path, lists)?;
+    let mut paths = paths.into_iter().peekable();
+    let first = paths.peek().map(|path| path.as_ref().to_path_buf()).unwrap_or_default();
+    for given in files(paths)? {
+        let mut file = given.check(lists)?;
         match file.of.take() {
             Some((job, rank)) => jobs.entry(job).or_default().push((rank, file)),
             None => {
-                unreadable.insert(path);
+                unreadable.insert(given.path);
                 file.findings.append_to(&mut report.findings);
             }
         }
@@ -69,30 +77,66 @@ fn verify_all<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>, lists: Lists<'
     if jobs.is_empty() && report.findings.is_empty() {
         return Err(Error::invalid("audit", "there are no audit logs (files that end in `.audit.jsonl`)"));
     }
+    for job in lists.jobs().into_iter().filter(|job| !jobs.contains_key(*job)) {
+        let mut findings = Findings::new(&first);
+        findings.add(
+            None,
+            Incomplete,
+            format!("there is no log of job `{job}`, whose list of keys is given"),
+        );
+        findings.append_to(&mut report.findings);
+    }
     for (name, files) in jobs {
-        Job::new(name, files).verify(&unreadable, &mut report);
+        Job::new(name, files).verify(&unreadable, lists, &mut report);
     }
     Ok(report)
 }
 
+/// A file to verify.
+struct Given {
+    path: PathBuf,
+    /// Whether it was given by its name, and not by its folder's.
+    is_named: bool,
+}
+
+impl Given {
+    /// Verifies the file. What cannot be read in a folder is a finding, and an error otherwise.
+    fn check(&self, lists: Lists<'_>) -> Result<Checked> {
+        let text = match check(&self.path, lists) {
+            Ok(file) => return Ok(file),
+            Err(error) if self.is_named => return Err(error),
+            Err(_) if fs::metadata(&self.path).is_ok_and(|data| !data.is_file()) => {
+                "is no regular file".into()
+            }
+            Err(Error::Io { reason, .. }) => format!("cannot be read: {reason}"),
+            Err(error) => format!("cannot be read: {error}"),
+        };
+        let mut file = Checked::new(&self.path);
+        file.findings.add(None, Changed, text);
+        Ok(file)
+    }
+}
+
 /// Lists the files, each once.
-fn files<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Vec<PathBuf>> {
+fn files<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Vec<Given>> {
     let (mut files, mut seen) = (Vec::new(), BTreeSet::new());
     for path in paths {
         let path = path.as_ref();
         let io = |error: io::Error| Error::io(path, &error);
-        let found = if fs::metadata(path).map_err(io)?.is_dir() {
+        let is_named = !fs::metadata(path).map_err(io)?.is_dir();
+        let found = if is_named {
+            vec![path.to_path_buf()]
+        } else {
             let entries = fs::read_dir(path).map_err(io)?.map(|entry| entry.map(|entry| entry.path()));
             let mut found = entries.collect::<io::Result<Vec<_>>>().map_err(io)?;
             found.retain(|file| file.to_string_lossy().ends_with(".audit.jsonl"));
             found.sort();
             found
-        } else {
-            vec![path.to_path_buf()]
         };
-        for file in found {
-            if seen.insert(fs::canonicalize(&file).map_err(|error| Error::io(&file, &error))?) {
-                files.push(file);
+        for path in found {
+            // A link to nothing has no other path.
+            if seen.insert(fs::canonicalize(&path).unwrap_or_else(|_| path.clone())) {
+                files.push(Given { path, is_named });
             }
         }
     }
@@ -140,8 +184,9 @@ impl Job {
         Self { name, files, others, missing: Vec::new() }
     }
 
-    fn verify(mut self, unreadable: &BTreeSet<PathBuf>, report: &mut Report) {
+    fn verify(mut self, unreadable: &BTreeSet<PathBuf>, lists: Lists<'_>, report: &mut Report) {
         self.missing(unreadable);
+        self.unlisted(lists);
         let good = self.claims();
         for (at, (rank, file)) in self.files.iter_mut().enumerate() {
             let witnessed = good[at].values().copied().max().map_or(0, |seq| seq.saturating_add(1));
@@ -204,6 +249,28 @@ impl Job {
         }
     }
 
+    /// Finds a job without a list among the given ones, and ranks of its lists that have no file.
+    /// Ranks of the starts are not listed twice.
+    fn unlisted(&mut self, lists: Lists<'_>) {
+        let jobs = lists.jobs();
+        if jobs.is_empty() {
+            return;
+        }
+        let Some((_, first)) = self.files.first_mut() else { return };
+        let folder = first.path.parent().unwrap_or(Path::new("")).to_path_buf();
+        if !jobs.contains(&*self.name) {
+            let text = "no list of the keys of this job is given, so no key has signed these lines";
+            first.findings.add(None, Incomplete, text);
+        }
+        let world = self.files.iter().map(|(_, file)| file.world).max().unwrap_or(0);
+        let has = |rank: usize| self.files.binary_search_by_key(&rank, |(rank, _)| *rank).is_ok();
+        for rank in lists.ranks(&self.name).into_iter().filter(|rank| *rank as u64 >= world && !has(*rank)) {
+            let mut findings = Findings::new(&AuditLog::path(&folder, &self.name, rank));
+            findings.add(None, Incomplete, format!("rank {rank} of the list of keys has no file"));
+            self.missing.push(findings);
+        }
+    }
+
     /// Compares what the ranks have witnessed with the files. Returns, for each file, the number of
     /// its last line that each other file has witnessed as it is.
     fn claims(&mut self) -> Vec<BTreeMap<usize, u64>> {
@@ -218,7 +285,7 @@ impl Job {
                     }
                     continue;
                 };
-                if !find(&self.files[of].1.entries, claim.seq).iter().any(|entry| entry.hash == claim.hash) {
+                if !has(&self.files[of].1.entries, claim.seq, &claim.hash) {
                     bad.push((of, by, claim));
                 } else if of != by {
                     let last = good[of].entry(by).or_insert(claim.seq);
@@ -275,8 +342,15 @@ impl Job {
 /// Returns the entries with a number.
 fn find(entries: &[Entry], seq: u64) -> &[Entry] {
     let begin = entries.partition_point(|entry| entry.seq < seq);
-    let end = begin + entries[begin..].iter().take_while(|entry| entry.seq == seq).count();
-    &entries[begin..end]
+    let len = entries[begin..].partition_point(|entry| entry.seq == seq);
+    &entries[begin..begin + len]
+}
+
+/// Whether an entry has this number and hash.
+fn has(entries: &[Entry], seq: u64, hash: &Hash) -> bool {
+    find(entries, seq).split_first().is_some_and(|(first, others)| {
+        first.hash == *hash || others.binary_search_by(|entry| entry.hash.cmp(hash)).is_ok()
+    })
 }
 
 fn note(all: &mut BTreeMap<usize, Contradictions>, file: usize, (line, text): (u64, String)) {

@@ -165,3 +165,22 @@ pub(super) fn join(lines: &[String]) -> String {
 pub(super) fn about<'a>(report: &'a Report, path: &'a Path) -> impl Iterator<Item = &'a Finding> {
     report.findings().iter().filter(move |finding| finding.path == path && finding.kind > Verdict::Intact)
 }
+
+/// Checks verdict and findings of a report: file name, line, and words of the text.
+#[track_caller]
+pub(super) fn check(report: &Report, verdict: Verdict, findings: &[(&str, Option<u64>, &str)]) {
+    assert_eq!(report.verdict(), verdict, "{report}");
+    let found: Vec<_> = report.findings().iter().collect();
+    assert_eq!(found.len(), findings.len(), "{report}");
+    for (finding, (name, line, words)) in found.into_iter().zip(findings) {
+        let file = finding.path.file_name().unwrap().to_str().unwrap();
+        assert!(
+            file == *name && finding.line == *line && finding.text.contains(words),
+            "{finding}\n{report}"
+        );
+    }
+}
+
+pub(super) fn name(rank: usize) -> String {
+    AuditLog::path(Path::new(""), JOB, rank).to_str().unwrap().into()
+}

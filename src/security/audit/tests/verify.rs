@@ -1,14 +1,15 @@
 //! What a verification says of logs that were not changed by somebody, and of other files.
 
-use super::job::{JOB, Job, RANKS, about, end, join, lines, rechain, replace_file, witness, write};
+use super::job::{
+    JOB, Job, RANKS, about, check, end, join, lines, name, rechain, replace_file, witness, write,
+};
 use crate::{
     error::Error,
-    security::audit::{AuditLog, Event, Finding, Report, Verdict, line, verify},
+    security::audit::{AuditLog, Event, Finding, Verdict, line, verify},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    path::Path,
 };
 
 /// A rank that is killed before its first line is whole has changed nothing.
@@ -41,25 +42,6 @@ fn files_without_lines_are_incomplete() {
         Verdict::Changed,
         &[(&names[0], Some(1), unended), (&names[0], Some(1), tail), missing],
     );
-}
-
-/// Checks verdict and findings of a report: file name, line, and words of the text.
-#[track_caller]
-fn check(report: &Report, verdict: Verdict, findings: &[(&str, Option<u64>, &str)]) {
-    assert_eq!(report.verdict(), verdict, "{report}");
-    let found: Vec<_> = report.findings().iter().collect();
-    assert_eq!(found.len(), findings.len(), "{report}");
-    for (finding, (name, line, words)) in found.into_iter().zip(findings) {
-        let file = finding.path.file_name().unwrap().to_str().unwrap();
-        assert!(
-            file == *name && finding.line == *line && finding.text.contains(words),
-            "{finding}\n{report}"
-        );
-    }
-}
-
-fn name(rank: usize) -> String {
-    AuditLog::path(Path::new(""), JOB, rank).to_str().unwrap().into()
 }
 
 const KILLED: &str = "this start has no `end`, but a later one follows";
@@ -152,6 +134,48 @@ fn missing_ends_are_incomplete() {
     let counts = "starts 3, lines 19, witnessed by other ranks 18, signatures verified 0, ";
     assert_eq!(report.to_string().matches(counts).count(), 2, "{report}");
     assert!(report.to_string().ends_with("\nintact\n"), "{report}");
+}
+
+/// The last `witness` of a rank, which no other rank has witnessed.
+#[test]
+fn the_last_witness_names_all_ranks() {
+    let job = Job::new(RANKS);
+    let logs = job.begin(0);
+    end(&logs, "ok");
+    let heads: Vec<_> = logs.iter().map(AuditLog::head).collect();
+    logs[1..].iter().for_each(|log| log.witness(&heads).unwrap());
+    let too_few = [&[][..], &heads[..2], &heads[1..], &[heads[0], heads[0], heads[1]]];
+    for (at, some) in (5..).zip(too_few) {
+        logs[0].witness(some).unwrap();
+        let report = job.verify();
+        let text = "the `witness` after `end` does not name all ranks";
+        assert!(about(&report, &job.path(0)).any(|it| it.line == Some(at) && it.text == text), "{report}");
+        assert_eq!(report.verdict(), Verdict::Incomplete, "{report}");
+    }
+    logs[0].witness(&heads).unwrap();
+    assert!(!job.verify().to_string().contains("does not name all ranks"));
+}
+
+#[test]
+fn nothing_but_a_witness_follows_an_end() {
+    let job = Job::new(2);
+    let logs = job.begin(0);
+    end(&logs, "ok");
+    let error = logs[0].write(&Event::new("refuse")).unwrap_err();
+    assert!(error.to_string().contains("event `refuse` follows `end`"), "{error}");
+    witness(&logs);
+    drop(logs);
+    check(&job.verify(), Verdict::Intact, &[]);
+    let text = job.text(1);
+    for event in ["save", "end", "join"] {
+        replace_file(&job.path(1), text.as_bytes());
+        let log = AuditLog::open(job.folder.path(), JOB, 0, 1, None).unwrap();
+        log.write(&Event::new(event).text("result", "ok")).unwrap();
+        let report = job.verify();
+        let words = format!("`{event}` follows `end`");
+        let found = about(&report, &job.path(1)).any(|it| it.line == Some(6) && it.text == words);
+        assert!(found && report.verdict() == Verdict::Changed, "{report}");
+    }
 }
 
 /// A job of one rank, whose lines nobody else knows: what is wrong with a line by itself.
@@ -287,119 +311,6 @@ fn other_files_are_no_audit_logs() {
     assert_eq!(found.len(), 2, "{report}");
     assert_eq!(found[0], (Some(9), "is longer than 16777216 bytes"));
     assert!(found[1].0 == Some(10) && found[1].1.contains("is no line of an audit log"), "{report}");
-}
-
-#[cfg(feature = "tls")]
-#[test]
-fn signatures_need_the_list_of_the_start() {
-    use super::job::Keys;
-    use crate::security::audit::verify_signed;
-    let job = Job { keys: Some(Keys::new(2)), ..Job::new(2) };
-    job.run(0);
-    let (names, list) = ([0, 1].map(name), &job.keys.as_ref().unwrap().list);
-    let report = job.verify();
-    check(&report, Verdict::Intact, &[]);
-    assert!(report.logs().iter().all(|log| log.signatures == 3), "{report}");
-    let unchecked = [0, 1].map(|rank| (&*names[rank], None, "3 signatures were not verified"));
-    check(&verify([&job.folder]).unwrap(), Verdict::Intact, &unchecked);
-    let other = Keys::new(2);
-    let wrong = std::slice::from_ref(&other.list);
-    let digest = line::hex(&list.digest());
-    let not_given = format!("the list of keys {digest} was not given");
-    let [one, two] = [0, 1].map(|rank| [unchecked[rank], (&*names[rank], Some(1), &*not_given)]);
-    check(&verify_signed([&job.folder], wrong).unwrap(), Verdict::Incomplete, &[one, two].concat());
-
-    // A later start with another list does not answer for the lines before it.
-    let later = Job { folder: job.folder, ranks: 2, keys: Some(other) };
-    later.run(0);
-    check(&later.verify(), Verdict::Incomplete, &[one, two].concat());
-    let job = Job { keys: Some(Keys::new(2)), ..Job::new(2) };
-    job.run(0);
-    let digest = line::hex(&job.keys.as_ref().unwrap().list.digest());
-
-    let text = job.text(0);
-    let changed = |change: &dyn Fn(&mut Vec<String>)| {
-        let mut lines = lines(&text);
-        change(&mut lines);
-        fs::write(job.path(0), join(&lines)).unwrap();
-        let report = job.verify();
-        let found: Vec<_> = about(&report, &job.path(0)).map(|it| (it.line, it.text.clone())).collect();
-        (report.verdict(), found)
-    };
-    let strip = |line: &str| line.split(",\"signature\"").next().unwrap().to_string() + "}";
-    for at in [2, 6, 7] {
-        let found = changed(&|lines| lines[at] = strip(&lines[at]));
-        assert_eq!(found, (Verdict::Changed, vec![(Some(at as u64 + 1), "the line is not signed".into())]));
-        let swapped = changed(&|lines| {
-            let (begin, other) =
-                (lines[at].len() - 90, text.lines().nth(if at == 7 { 6 } else { 7 }).unwrap());
-            lines[at].replace_range(begin.., &other[other.len() - 90..]);
-        });
-        let wanted = "the signature is not of the rank's key and this line";
-        assert_eq!(swapped, (Verdict::Changed, vec![(Some(at as u64 + 1), wanted.into())]));
-    }
-    let signed = changed(&|lines| {
-        let end = lines[6].split_once(",\"signature\"").unwrap().1.to_string();
-        lines[3] = lines[3].trim_end_matches('}').to_string() + ",\"signature\"" + &end;
-    });
-    assert_eq!(signed, (Verdict::Changed, vec![(Some(4), "events `data_set` are not signed".into())]));
-    // A rank, an epoch and a job that the list does not have.
-    for (from, to) in [("\"epoch\":0", "\"epoch\":99"), ("\"rank\":0", "\"rank\":7"), (JOB, "train-8")] {
-        let (verdict, found) = changed(&|lines| {
-            lines.iter_mut().for_each(|line| *line = line.replacen(from, to, 1));
-            rechain(lines, 0);
-        });
-        let none = found
-            .iter()
-            .any(|(line, text)| *line == Some(1) && text.contains("the list of keys has no rank"));
-        assert!(verdict == Verdict::Changed && none, "{found:?}");
-    }
-    let (verdict, found) = changed(&|lines| {
-        lines[0] = lines[0].replace(&format!(",\"membership\":\"{digest}\""), "");
-        rechain(lines, 0);
-    });
-    assert_eq!(verdict, Verdict::Changed);
-    assert!(found.iter().any(|(_, text)| text.contains("this start names no list of keys")), "{found:?}");
-}
-
-/// Without a key, somebody writes the files of all ranks anew, as if the job had no keys. The next
-/// start has keys and continues the files.
-#[cfg(feature = "tls")]
-#[test]
-fn history_that_is_written_without_a_key_is_not_intact() {
-    use super::job::Keys;
-    for keeps_events in [true, false] {
-        let job = Job { keys: Some(Keys::new(2)), ..Job::new(2) };
-        job.run(0);
-        let digest = line::hex(&job.keys.as_ref().unwrap().list.digest());
-        for rank in 0..2 {
-            let mut lines = lines(&job.text(rank));
-            lines[0] = lines[0].replace(&format!(",\"membership\":\"{digest}\""), "");
-            lines.retain(|line| !line.contains("\"event\":\"witness\""));
-            lines[2] = lines[2].replace("data_set", "data_sets");
-            if !keeps_events {
-                // Only a start that failed remains.
-                lines.drain(1..5);
-                lines[1] = lines[1].replace("\"ok\"", "\"failed\"");
-            }
-            for (seq, line) in lines.iter_mut().enumerate() {
-                let (_, rest) = line.split_once(',').unwrap();
-                *line = format!("{{\"seq\":{seq},{rest}");
-                if let Some((unsigned, _)) = line.split_once(",\"signature\"") {
-                    *line = format!("{unsigned}}}");
-                }
-            }
-            rechain(&mut lines, 0);
-            fs::write(job.path(rank), join(&lines)).unwrap();
-        }
-        job.run(1);
-        let report = job.verify();
-        let unsigned = |finding: &Finding| finding.text.contains("this start names no list of keys");
-        assert_eq!(report.findings().iter().filter(|finding| unsigned(finding)).count(), 2, "{report}");
-        // A start that failed hides nothing that its removal would not hide.
-        let want = if keeps_events { Verdict::Incomplete } else { Verdict::Intact };
-        assert_eq!(report.verdict(), want, "{report}");
-    }
 }
 
 fn replace(bytes: &mut Vec<u8>, range: std::ops::Range<usize>, by: &[u8]) {
