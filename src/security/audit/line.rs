@@ -24,8 +24,8 @@ pub(super) fn sha256(bytes: &[u8]) -> Hash {
     Sha256::digest(bytes).into()
 }
 
-/// What stands for the hash of a torn line: SHA-256(`last` ‖ `torn`), where `last` is the hash of the
-/// last whole line, or zeros. So the lines before a torn one stay in the chain.
+/// What stands for the hash of a torn line: SHA-256(`last` ‖ `torn`), where `last` is the hash of
+/// the last whole line, or zeros. So the lines before a torn one stay in the chain.
 pub(super) fn torn_hash(last: &Hash, torn: &[u8]) -> Hash {
     Sha256::new_with_prefix(last).chain_update(torn).finalize().into()
 }

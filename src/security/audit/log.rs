@@ -185,8 +185,8 @@ impl AuditLog {
     /// Appends an event. It is in the file when this returns, and on the disk if it is durable.
     ///
     /// # Errors
-    /// When a field is not valid, the line is longer than 16 MiB, or `end` was written and the event
-    /// is not `witness`, as a late `refuse` of a thread: then nothing was written. When
+    /// When a field is not valid, the line is longer than 16 MiB, or `end` was written and the
+    /// event is not `witness`, as a late `refuse` of a thread: then nothing was written. When
     /// the event cannot be written: then every later call returns the same error, because a log
     /// with a gap must not go unnoticed.
     pub(crate) fn write(&self, event: &Event) -> Result<()> {

@@ -17,8 +17,8 @@
 //!   base64 of Ed25519 over `shardwise audit` and the 32 bytes of the hash.
 //!
 //! A process that is killed while it writes leaves a line without an end. The next start keeps it,
-//! and has its length in the field `torn`; `prev` is then the SHA-256 of the 32 bytes of the hash of
-//! the last whole line, or zeros, and the torn bytes.
+//! and has its length in the field `torn`; `prev` is then the SHA-256 of the 32 bytes of the hash
+//! of the last whole line, or zeros, and the torn bytes.
 //!
 //! Fields are texts, integers, booleans, and lists and objects of these. They never have values of
 //! tensors, and never keys.
@@ -33,15 +33,15 @@
 //! * the files of all ranks replaced by earlier copies of one time, or all removed (but that there
 //!   is no log of a job whose list of keys is given is noticed);
 //! * between a crash and the next start: lines of a killed rank after the last `witness` that
-//!   another rank has written, if they are removed, or changed with all hashes after them. Until the
-//!   next start the verdict is [`Verdict::Incomplete`] anyway;
+//!   another rank has written, if they are removed, or changed with all hashes after them. Until
+//!   the next start the verdict is [`Verdict::Incomplete`] anyway;
 //! * what somebody who has a rank's key and can write its file does after the last `witness` that
 //!   another rank has written;
 //! * at the end of a file, an added or removed start that names no list of keys and only failed: it
 //!   is a note of the report;
-//! * without signatures or without the list of keys: `utc` of the last `witness` of a file, and heads
-//!   in it of earlier lines instead of the last ones; and whatever is done by somebody who can write
-//!   the files of all ranks.
+//! * without signatures or without the list of keys: `utc` of the last `witness` of a file, and
+//!   heads in it of earlier lines instead of the last ones; and whatever is done by somebody who
+//!   can write the files of all ranks.
 
 mod event;
 mod file;
