@@ -198,8 +198,8 @@ impl<B: Device> Group<B> {
         admitted
     }
 
-    /// Returns [`Error::NotPermitted`] if x, a weight that every rank of the group holds, would pass
-    /// through a rank that holds another one.
+    /// Returns [`Error::NotPermitted`] if x, a weight that every rank of the group holds, would
+    /// pass through a rank that holds another one.
     pub(super) fn admit_replica<T: Element>(&self, op: Op, x: &Tensor<T, B>) -> Result<()> {
         if self.size() == 1 {
             return Ok(());

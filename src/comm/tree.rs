@@ -148,8 +148,8 @@ impl<B: Pointwise> Group<B> {
         (1..size).map(move |step| ((rank + step) % size, (rank + size - step) % size))
     }
 
-    /// Checks that there is one term per sub-tree of this rank, all of one shape, and that the ranks
-    /// may see them. Returns the shape, and whether a term is a weight.
+    /// Checks that there is one term per sub-tree of this rank, all of one shape, and that the
+    /// ranks may see them. Returns the shape, and whether a term is a weight.
     fn check_terms<A: Element>(&self, tree: &Tree, terms: &[Tensor<A, B>]) -> Result<(Shape, bool)> {
         const OP: &str = "tree sum";
         same_size(OP, "the ranks of the tree", tree.ranks(), "the ranks of the group", self.size())?;

@@ -52,9 +52,9 @@ impl Audit {
         self.0.as_ref()
     }
 
-    /// Runs `rank` with the group of all ranks. Writes `join`, and the witnesses of the other ranks'
-    /// logs: before `rank` and, behind `end`, after it, if it returned without an error. Otherwise
-    /// [`Audit::failed`] has to write the end, after the other ranks know of the failure.
+    /// Runs `rank` with the group of all ranks. Writes `join`, and the witnesses of the other
+    /// ranks' logs: before `rank` and, behind `end`, after it, if it returned without an error.
+    /// Otherwise [`Audit::failed`] has to write the end, after the other ranks know of the failure.
     pub(super) fn run<R>(&self, world: Group<Cpu>, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Ended<R> {
         let Some(log) = &self.0 else { return catch_unwind(AssertUnwindSafe(|| rank(world))) };
         catch_unwind(AssertUnwindSafe(|| {

@@ -125,8 +125,9 @@ impl Threads {
         Self { flight: Some(folder.into()), ..self }
     }
 
-    /// Sets the folder for the ranks' audit logs: see [`audit`](crate::security::audit). The default
-    /// is `SHARDWISE_AUDIT_DIR`. A job of threads has a name of its own, so each has new files.
+    /// Sets the folder for the ranks' audit logs: see [`audit`](crate::security::audit). The
+    /// default is `SHARDWISE_AUDIT_DIR`. A job of threads has a name of its own, so each has new
+    /// files.
     pub fn audit(self, folder: impl Into<PathBuf>) -> Self {
         Self { audit: Some(folder.into()), ..self }
     }

@@ -30,8 +30,8 @@ const MOST_MISSING: usize = 10;
 /// that another rank has witnessed and that are missing or have another hash; missing files of
 /// ranks; and what is in a folder under the name of an audit log and is no file, or cannot be read.
 /// `Incomplete` are a last start without `end`, a last `end` with result `ok` without a `witness`
-/// of all ranks after it, a file that ends within a line, and lines that no other rank has witnessed,
-/// except a `witness` at the end of a file.
+/// of all ranks after it, a file that ends within a line, and lines that no other rank has
+/// witnessed, except a `witness` at the end of a file.
 ///
 /// # Errors
 /// When a path does not exist or cannot be read, or there is no file.
