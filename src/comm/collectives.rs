@@ -113,7 +113,7 @@ impl<B: Pointwise> Group<B> {
     /// Like [`Group::broadcast`], for a weight that every rank of the group holds.
     #[track_caller]
     pub(crate) fn broadcast_replica<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
-        self.admit_replica(Op::Broadcast, x)?;
+        self.admit_replica(Op::Broadcast)?;
         self.broadcast_admitted(root, x)
     }
 

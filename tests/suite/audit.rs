@@ -15,6 +15,7 @@ use shardwise::{
         Role::{Checkpointer, Trainer},
         audit::{self, Event, Verdict},
     },
+    train::DataParallel,
     weights::{self, Checkpoint},
 };
 use std::{collections::BTreeMap, fs, path::Path, time::Duration};
@@ -178,6 +179,20 @@ fn a_job_reports_with_logs_what_it_reports_without() {
             assert!(reported, "{words}, job {at}: {outcomes:?}");
             assert_eq!(outcomes[0].is_err(), words.contains("error"), "{outcomes:?}");
         }
+    }
+}
+
+/// Replicas may be sent in every step, and no rank sees another weight than its own.
+#[test]
+fn replicas_are_not_logged() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = ranks(2).audit(folder.path()).run(|group| {
+        let layer = layer(&shardwise::comm::Group::solo(group.device()))?;
+        DataParallel::central(&group, &layer.params(), 0)?.publish()
+    });
+    job.unwrap();
+    for lines in logs(folder.path()).values() {
+        assert_eq!(events(lines), ["start", "join", "witness", "end", "witness"]);
     }
 }
 
