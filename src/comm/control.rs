@@ -11,6 +11,7 @@ use crate::{
     tensor::Tensor,
 };
 use half::f16;
+use std::collections::HashMap;
 
 impl<B: Pointwise> Group<B> {
     /// Reduces numbers in host memory over the ranks: sum, max or min. Collective: all-reduce.
@@ -94,8 +95,9 @@ impl<B: Pointwise> Group<B> {
         let head = |bytes: &Vec<u8>| Head::from_bytes(bytes.as_slice().try_into().ok()?);
         let heads: Option<Vec<_>> = heads.iter().map(head).collect();
         let heads = heads.ok_or_else(|| Error::invalid(OP, "a rank has sent no head of a log"))?;
+        let mut ranks = HashMap::new();
         for (at, head) in heads.iter().enumerate() {
-            if let Some(earlier) = heads[..at].iter().position(|other| other.rank == head.rank) {
+            if let Some(earlier) = ranks.insert(head.rank, at) {
                 let reason = format!("ranks {earlier} and {at} both say that they are rank {}", head.rank);
                 return Err(Error::invalid(OP, reason));
             }
@@ -140,4 +142,34 @@ impl<B: Pointwise> Group<B> {
 
 fn bytes_of<B: Pointwise>(numbers: &Tensor<f16, B>) -> Result<Vec<u8>> {
     Ok(numbers.to_vec()?.into_iter().map(|number| number.to_f32() as u8).collect())
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use crate::{
+        error::Error,
+        launch::Threads,
+        security::audit::{self, AuditLog, Event},
+    };
+
+    /// Otherwise the file of the other rank would seem to be the one that was changed.
+    #[test]
+    fn no_rank_can_send_the_head_of_another_ones_log() {
+        let folder = tempfile::tempdir().unwrap();
+        let outcomes = Threads::new(3).run_each(|group| {
+            let (own, says) = (group.rank(), group.rank().min(1));
+            let log = AuditLog::open(&folder.path().join(own.to_string()), "job", 0, says, None)?;
+            log.write(&Event::new("start").number("world", 3))?;
+            audit::begin(Some(log));
+            let outcome = group.witness();
+            audit::end();
+            outcome
+        });
+        let outcomes = outcomes.unwrap();
+        assert_eq!(outcomes.len(), 3);
+        for outcome in outcomes {
+            let wanted = Error::invalid("witness", "ranks 1 and 2 both say that they are rank 1");
+            assert_eq!(outcome, Err(wanted));
+        }
+    }
 }

@@ -78,12 +78,12 @@ impl Mpi {
     ///
     /// # Errors
     /// When the policy refuses MPI ([`Error::NotEncrypted`]), when the environment has an
-    /// [`Identity`], when `rank` fails, or when this rank
-    /// has not received a message that another rank sent to it. MPI's own errors end the process,
-    /// as usual with MPI.
+    /// [`Identity`], when `rank` fails, or when this rank has not received a message that another
+    /// rank sent to it. MPI's own errors end the process, as usual with MPI.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let policy = self.policy.map_or_else(Policy::read, Ok)?;
-        if Identity::of(|name| Some(std::env::var_os(name)?.to_string_lossy().into()))?.is_some() {
+        let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+        if Identity::of(|name| Some(set(name)?.to_string_lossy().into()))?.is_some() {
             let reason = "MPI authenticates no rank, so keys and roles have no effect: unset SHARDWISE_KEY, or \
                           start the ranks with `Env::run`";
             return Err(Error::Unsupported { op: "identity", reason: reason.into() });

@@ -87,15 +87,16 @@ impl Audit {
             // The text of a panic is the program's, and may have values of tensors.
             Err(_) => event.text("result", "panicked"),
         };
-        if let Some(log) = &self.0 {
-            let _ = log.write(&event.durable());
-        }
+        self.end(event);
     }
 
     /// Writes why the ranks have not connected.
     pub(super) fn not_connected(&self, error: &Error) {
+        self.end(Event::new("end").text("result", "failed").text("error", error));
+    }
+
+    fn end(&self, event: Event) {
         if let Some(log) = &self.0 {
-            let event = Event::new("end").text("result", "failed").text("error", error);
             let _ = log.write(&event.durable());
         }
     }

@@ -80,7 +80,7 @@ impl FromStr for Role {
 /// Every rank applies them to what it sends. So a rank whose role may not see the weights of other
 /// ranks gets none, whatever program it runs. Ranks agree on the roles, because they are in the
 /// signed list that all of them have.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Roles(Option<Ranks>);
 
 #[derive(Clone, Debug)]

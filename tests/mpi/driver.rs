@@ -89,6 +89,8 @@ fn policy() {
     let identity = mpirun(2, &[&[none], &key[..]].concat()).output().unwrap();
     let words = "identity: not supported: MPI authenticates no rank";
     assert!(!identity.status.success() && text(&identity).contains(words), "{}", text(&identity));
+    let empty = ["SHARDWISE_KEY", "SHARDWISE_MEMBERSHIP"].map(|name| (name, ""));
+    assert!(mpirun(2, &[&[none], &empty[..]].concat()).status().unwrap().success());
     println!("ok: MPI is refused by a policy, between machines only, and with an identity");
 }
 

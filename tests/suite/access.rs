@@ -20,7 +20,7 @@ use shardwise::{
     train::DataParallel,
     weights::{self, Checkpoint},
 };
-use std::{path::Path, rc::Rc, time::Duration};
+use std::{cell::Cell, path::Path, rc::Rc, time::Duration};
 
 const WORLD: usize = 3;
 /// The number of [`copies`].
@@ -247,7 +247,11 @@ fn ranks_that_pass_no_weight_get_an_error_too() {
 
 /// A communicator that claims that every rank may see everything, as the program of a rank could
 /// that was changed.
-struct Liar(Rc<dyn Communicator<Dev>>);
+struct Liar {
+    inner: Rc<dyn Communicator<Dev>>,
+    /// The number of elements that have arrived from other ranks.
+    received: Rc<Cell<usize>>,
+}
 
 impl Communicator<Dev> for Liar {
     fn roles(&self) -> Roles {
@@ -255,15 +259,15 @@ impl Communicator<Dev> for Liar {
     }
 
     fn rank(&self) -> usize {
-        self.0.rank()
+        self.inner.rank()
     }
 
     fn size(&self) -> usize {
-        self.0.size()
+        self.inner.size()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Dev>) -> Result<()> {
-        self.0.all_reduce(call, op, x)
+        self.inner.all_reduce(call, op, x)
     }
 
     fn all_gather(
@@ -273,7 +277,7 @@ impl Communicator<Dev> for Liar {
         send: AnyRef<'_, Dev>,
         recv: AnyMut<'_, Dev>,
     ) -> Result<()> {
-        self.0.all_gather(call, shards, send, recv)
+        self.inner.all_gather(call, shards, send, recv)
     }
 
     fn reduce_scatter(
@@ -284,11 +288,11 @@ impl Communicator<Dev> for Liar {
         send: AnyRef<'_, Dev>,
         recv: AnyMut<'_, Dev>,
     ) -> Result<()> {
-        self.0.reduce_scatter(call, op, shards, send, recv)
+        self.inner.reduce_scatter(call, op, shards, send, recv)
     }
 
     fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, Dev>) -> Result<()> {
-        self.0.broadcast(call, root, x)
+        self.inner.broadcast(call, root, x)
     }
 
     fn exchange(
@@ -297,11 +301,14 @@ impl Communicator<Dev> for Liar {
         send: Option<Outgoing<'_, Dev>>,
         recv: Option<Incoming<'_, Dev>>,
     ) -> Result<()> {
-        self.0.exchange(call, send, recv)
+        let len = recv.as_ref().map_or(0, |recv| recv.data.len());
+        self.inner.exchange(call, send, recv)?;
+        self.received.set(self.received.get() + len);
+        Ok(())
     }
 
     fn barrier(&self, call: &Call) -> Result<()> {
-        self.0.barrier(call)
+        self.inner.barrier(call)
     }
 
     fn split(
@@ -311,7 +318,7 @@ impl Communicator<Dev> for Liar {
         key: u64,
         name: &str,
     ) -> Result<Option<Box<dyn Communicator<Dev>>>> {
-        self.0.split(call, color, key, name)
+        self.inner.split(call, color, key, name)
     }
 }
 
@@ -319,14 +326,18 @@ impl Communicator<Dev> for Liar {
 /// gets nothing of theirs.
 #[test]
 fn a_rank_that_ignores_its_role_gets_no_weight() {
-    let lies = |group: Group<Dev>| {
-        let device = group.device().clone();
-        if group.rank() == 1 { Group::new(Rc::new(Liar(group.communicator())), &device) } else { group }
-    };
+    /// The group on rank `liar`, which counts the elements that it receives.
+    fn lies(group: &Group<Dev>, liar: usize) -> (Group<Dev>, Rc<Cell<usize>>) {
+        let (inner, received) = (group.communicator(), Rc::new(Cell::new(0)));
+        if group.rank() != liar {
+            return (group.clone(), received);
+        }
+        (Group::new(Rc::new(Liar { inner, received: Rc::clone(&received) }), group.device()), received)
+    }
     let brief = || ranks(WORLD).roles([Checkpointer, Trainer, Trainer]).deadline(Duration::from_secs(5));
     let mut tried = 0;
     for (name, send) in collectives() {
-        let outcomes = brief().run_each(|group| send(&lies(group.clone()), weight(&group)?.value()?));
+        let outcomes = brief().run_each(|group| send(&lies(&group, 1).0, weight(&group)?.value()?));
         let outcomes = outcomes.unwrap();
         assert!(outcomes[1].is_err(), "{name}: {outcomes:?}");
         // In the ring of exchanges, rank 2 sends to rank 0, which may see it.
@@ -341,14 +352,13 @@ fn a_rank_that_ignores_its_role_gets_no_weight() {
     let folder = tempfile::tempdir().unwrap();
     let job = ranks(WORLD).roles([Trainer, Checkpointer, Trainer]).deadline(Duration::from_secs(5));
     let outcomes = job.run_each(|group| {
-        let device = group.device().clone();
-        let (own, log) = if group.rank() == 0 {
-            Group::new(Rc::new(Liar(group.communicator())), &device).recorded()
-        } else {
-            group.recorded()
-        };
+        let (own, received) = lies(&group, 0);
+        let (own, log) = own.recorded();
         let layer = layer(&group)?;
         let outcome = weights::save(&own, &layer.params(), folder.path().join("saved"));
+        if group.rank() == 0 {
+            assert_eq!(received.get(), 0, "rank 0 has received elements");
+        }
         Ok((outcome, sent(&log)))
     });
     let outcomes: Vec<_> = outcomes.unwrap().into_iter().map(Result::unwrap).collect();
