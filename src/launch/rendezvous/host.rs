@@ -9,7 +9,7 @@ use crate::{
 use std::{
     collections::{HashSet, VecDeque},
     io::{ErrorKind, Write},
-    net::{IpAddr, Shutdown, TcpListener, TcpStream},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex, Weak,
         atomic::{AtomicBool, Ordering},
@@ -41,12 +41,14 @@ struct Refused {
     /// The last reason that is known.
     last: Option<Refusal>,
     /// The machines and reasons that are in the audit log.
-    logged: HashSet<(Option<IpAddr>, String)>,
+    logged: HashSet<(IpAddr, String)>,
 }
 
 /// A connection that is being examined. Its thread holds it until it has reported a refusal.
 struct Examined {
     tcp: Arc<TcpStream>,
+    /// Where the connection comes from. The socket no longer knows it after a reset.
+    peer: SocketAddr,
     /// Set while `Board::admitted` is locked.
     is_admitted: AtomicBool,
 }
@@ -84,7 +86,7 @@ impl Rendezvous {
                     let (address, refused, last) = (self.addresses[0], *refused, last.clone());
                     return Err(Error::NotConnected { missing, address, after: deadline, refused, last });
                 }
-                let Ok((tcp, _)) = listener.accept() else {
+                let Ok((tcp, peer)) = listener.accept() else {
                     thread::sleep(Duration::from_micros(500));
                     continue;
                 };
@@ -99,14 +101,14 @@ impl Rendezvous {
                         let _ = oldest.tcp.shutdown(Shutdown::Both);
                     }
                 }
-                let connection =
-                    Arc::new(Examined { tcp: Arc::new(tcp), is_admitted: AtomicBool::new(false) });
+                let (tcp, is_admitted) = (Arc::new(tcp), AtomicBool::new(false));
+                let connection = Arc::new(Examined { tcp, peer, is_admitted });
                 examined.push_back(Arc::downgrade(&connection));
                 let (this, board) = (self.clone(), Arc::clone(&board));
                 // If the thread cannot be started, the connection is dropped, which closes it.
                 let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
                     if let Err(error) = this.examine(&connection, &board) {
-                        this.report(&connection.tcp, error, &board);
+                        this.report(&connection, error, &board);
                     }
                 });
             }
@@ -150,20 +152,18 @@ impl Rendezvous {
 
     /// Records that a connection was refused, and gives the other process time to read the reason.
     /// Sends the reason first if the other process expects one in plaintext.
-    fn report(&self, tcp: &Arc<TcpStream>, error: ConnectError, board: &Board) {
-        let address = tcp.peer_addr().ok();
-        let peer = address.map_or("?".into(), |address| address.to_string());
+    fn report(&self, connection: &Examined, error: ConnectError, board: &Board) {
+        let Examined { tcp, peer, .. } = connection;
         let mut refused = lock(&board.refused);
         refused.count += 1;
         let ConnectError::Refused(reason) = error else { return };
         refused.last = Some(reason.clone());
         // A process that is refused tries again many times.
-        let is_new = refused.logged.len() < AUDITED
-            && refused.logged.insert((address.map(|address| address.ip()), reason.to_string()));
+        let is_new = refused.logged.len() < AUDITED && refused.logged.insert((peer.ip(), reason.to_string()));
         drop(refused);
         if let Some(audit) = lock(&board.audit).as_ref().filter(|_| is_new) {
             // If the log fails, the next event of this rank reports it.
-            let _ = audit.write(&Event::new("refuse").text("peer", &peer).text("reason", &reason));
+            let _ = audit.write(&Event::new("refuse").text("peer", peer).text("reason", &reason));
         }
         tracing::warn!(target: "shardwise", rank = self.rank, %peer, %reason, "a connection is refused");
         if matches!(reason, Refusal::Plaintext | Refusal::OtherUser) {
