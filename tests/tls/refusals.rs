@@ -216,9 +216,9 @@ fn refused_connections_take_few_threads() {
             }
         }
     });
-    // Other tests of this program have connections, too.
+    // At most 64 connections and one for each rank. Two other tests have as many.
     let most = most.into_inner();
-    assert!((20..150).contains(&most), "{most} threads");
+    assert!((20..250).contains(&most), "{most} threads");
 }
 
 /// Sends again what a rank has sent when it joined an earlier start of the job.

@@ -7,7 +7,7 @@ use crate::{
     security::audit::{AuditLog, Event},
 };
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::HashSet,
     io::{ErrorKind, Write},
     net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
@@ -18,7 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Rank 0 examines at most this many connections plus the number of ranks at a time.
+/// Rank 0 examines at most this many connections plus the number of ranks at a time, each in a
+/// thread.
 const EXAMINED: usize = 64;
 /// The audit log has at most this many refusals of a start, so that nobody can fill the disk.
 const AUDITED: usize = 1000;
@@ -73,7 +74,7 @@ impl Rendezvous {
         if self.world > 1 {
             let listener = self.listen(begin, deadline)?;
             // The connections under examination, oldest first.
-            let mut examined = VecDeque::<Weak<Examined>>::new();
+            let mut examined = Vec::<Weak<Examined>>::new();
             loop {
                 let missing: Vec<_> =
                     (1..self.world).filter(|&rank| lock(&board.admitted)[rank].is_none()).collect();
@@ -90,20 +91,18 @@ impl Rendezvous {
                     thread::sleep(Duration::from_micros(500));
                     continue;
                 };
-                examined.retain(|connection| connection.strong_count() > 0);
-                if examined.len() >= EXAMINED + self.world {
-                    // While this lock is held, `examine` cannot admit the connection that is closed
-                    // here.
-                    let _admitted = lock(&board.admitted);
-                    let oldest = examined.pop_front().and_then(|connection| connection.upgrade());
-                    if let Some(oldest) = oldest.filter(|oldest| !oldest.is_admitted.load(Ordering::Relaxed))
-                    {
-                        let _ = oldest.tcp.shutdown(Shutdown::Both);
+                loop {
+                    examined.retain(|connection| connection.strong_count() > 0);
+                    if examined.len() < EXAMINED + self.world || begin.elapsed() > deadline {
+                        break;
                     }
+                    close(examined.first(), &board);
+                    // The thread of the closed connection ends now.
+                    thread::sleep(Duration::from_micros(500));
                 }
                 let (tcp, is_admitted) = (Arc::new(tcp), AtomicBool::new(false));
                 let connection = Arc::new(Examined { tcp, peer, is_admitted });
-                examined.push_back(Arc::downgrade(&connection));
+                examined.push(Arc::downgrade(&connection));
                 let (this, board) = (self.clone(), Arc::clone(&board));
                 // If the thread cannot be started, the connection is dropped, which closes it.
                 let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
@@ -251,6 +250,17 @@ impl Rendezvous {
             return Err(Refusal::OtherMembership);
         }
         if hello[120] != u8::from(self.is_audited) { Err(Refusal::OtherAudit) } else { Ok(()) }
+    }
+}
+
+/// Closes a connection that is being examined, unless it has been admitted.
+fn close(connection: Option<&Weak<Examined>>, board: &Board) {
+    // While this lock is held, `examine` cannot admit the connection.
+    let _admitted = lock(&board.admitted);
+    if let Some(connection) = connection.and_then(Weak::upgrade)
+        && !connection.is_admitted.load(Ordering::Relaxed)
+    {
+        let _ = connection.tcp.shutdown(Shutdown::Both);
     }
 }
 
