@@ -16,8 +16,8 @@ const STRIP: usize = 1 << 18;
 ///
 /// Weights share a scale in groups of 32 columns that start at multiples of 32 columns of the whole
 /// matrix, so the shards of all ranks have the same numbers at every rank count. The last group of
-/// a row may have fewer columns, and is filled up with zeros. With [`Quantization::by_row`], a row
-/// has one scale.
+/// a row may have fewer columns, and is filled up with its last weight, which leaves the range of
+/// its weights as it is. With [`Quantization::by_row`], a row has one scale.
 ///
 /// Only matrices that are loaded as a [`Param`](crate::tensor::Param) are quantized, not vectors.
 /// [`WeightSource::read`] returns the numbers of the other source. Quantize a
@@ -30,7 +30,7 @@ const STRIP: usize = 1 << 18;
 /// let source = Quantization::new(&arrays, Format::Q8_0)?;
 /// let mut block = [0; 34];
 /// source.read_blocks("w", &Region::whole([1, 3]), &mut block)?;
-/// assert_eq!(block[..6], [0x00, 0x3c, 127, 129, 3, 0]); // the scale 1 as f16, and the codes
+/// assert_eq!(block[..5], [0x00, 0x3c, 127, 129, 3]); // the scale 1 as f16, and the codes
 /// # Ok::<(), Error>(())
 /// ```
 pub struct Quantization<'a, S: ?Sized, F = fn(&str) -> bool> {
@@ -93,8 +93,8 @@ impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Quantization<'a, S, F> {
         for (block, out) in blocks.zip(out.chunks_exact_mut(self.format.bytes())) {
             let start = block * width;
             let from = &weights[start - first..weights.len().min(start - first + width)];
-            padded.fill(0.0);
             padded[..from.len()].copy_from_slice(from);
+            padded[from.len()..].fill(from.last().copied().unwrap_or(0.0));
             let encoded = if self.by_row {
                 self.format.encode_scaled(&padded, largest / 127.0, out)
             } else {

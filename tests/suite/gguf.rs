@@ -938,7 +938,8 @@ fn quantization_is_that_of_the_rows() {
         for row in values.chunks(70) {
             for group in row.chunks(32) {
                 let mut block = vec![0; format.bytes()];
-                let padded: Vec<f32> = group.iter().copied().chain([0.0; 32]).take(32).collect();
+                let last = group[group.len() - 1];
+                let padded: Vec<f32> = group.iter().copied().chain([last; 32]).take(32).collect();
                 format.encode(&padded, &mut block).unwrap();
                 want.extend(block);
             }
@@ -958,10 +959,21 @@ fn quantization_is_that_of_the_rows() {
         assert!(blocks.chunks(34).all(|block| block[..2] == scale));
         let codes: Vec<i8> =
             blocks.chunks(34).flat_map(|block| &block[2..]).map(|code| *code as i8).collect();
-        let want = row.iter().map(|x| (x * (1.0 / (largest / 127.0))).round() as i8);
-        assert_eq!(codes, want.chain([0; 26]).collect::<Vec<_>>());
+        let want = row.iter().chain([&row[69]; 26]).map(|x| (x * (1.0 / (largest / 127.0))).round() as i8);
+        assert_eq!(codes, want.collect::<Vec<_>>());
         assert_eq!(codes.iter().map(|code| code.unsigned_abs()).max(), Some(127));
     }
+    // The last group has the range of its own two weights.
+    let mut arrays = Arrays::default();
+    arrays.0.insert(
+        "w".into(),
+        ndarray::Array::from_shape_fn([1, 34], |(_, at)| 0.5 + (at % 2) as f64).into_dyn(),
+    );
+    let source = Quantization::new(&arrays, Format::Q4_1).unwrap();
+    let groups = blocks(&source, "w", &Region::whole([1, 34]), Format::Q4_1).unwrap();
+    let scales = [f16::from_f32(1.0 / 15.0), f16::from_f32(0.5)].map(f16::to_le_bytes).concat();
+    assert!(groups.chunks(20).all(|group| group[..4] == scales[..]), "{groups:?}");
+    assert_eq!(groups[24..26], [0xf0, 0xff]);
     assert!(matches!(Quantization::new(&arrays, Format::Q5_1).err(), Some(Error::Unsupported { .. })));
     let by_row = Quantization::new(&arrays, Format::Q4_0).unwrap().by_row().err();
     assert!(matches!(by_row, Some(Error::Unsupported { .. })));
