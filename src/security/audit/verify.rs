@@ -184,6 +184,20 @@ impl Job {
         Self { name, files, others, missing: Vec::new() }
     }
 
+    /// The largest number of ranks of a start.
+    fn world(&self) -> u64 {
+        self.files.iter().map(|(_, file)| file.world).max().unwrap_or(0)
+    }
+
+    fn folder(&self) -> PathBuf {
+        self.files.first().and_then(|(_, file)| file.path.parent()).unwrap_or(Path::new("")).into()
+    }
+
+    /// The index of the file of a rank.
+    fn file_of(&self, rank: usize) -> Option<usize> {
+        self.files.binary_search_by_key(&rank, |(rank, _)| *rank).ok()
+    }
+
     fn verify(mut self, unreadable: &BTreeSet<PathBuf>, lists: Lists<'_>, report: &mut Report) {
         self.missing(unreadable);
         self.unlisted(lists);
@@ -224,17 +238,16 @@ impl Job {
     /// Finds ranks that have no file. A file without a line is enough for a rank whose lines nobody
     /// has witnessed: it was killed before.
     fn missing(&mut self, unreadable: &BTreeSet<PathBuf>) {
-        let world = self.files.iter().map(|(_, file)| file.world).max().unwrap_or(0);
-        let folder = self.files.first().and_then(|(_, file)| file.path.parent()).unwrap_or(Path::new(""));
-        let has = |rank: &u64| self.files.binary_search_by_key(rank, |(rank, _)| *rank as u64).is_ok();
+        let (world, folder) = (self.world(), self.folder());
         let claims: BTreeSet<usize> =
             self.files.iter().flat_map(|(_, file)| &file.claims).map(|claim| claim.rank).collect();
         let there = self.files.iter().filter(|(rank, _)| (*rank as u64) < world).count() as u64;
-        let mut left = world - there;
-        for rank in (0..world).filter(|rank| !has(rank)).take(MOST_MISSING) {
-            left -= 1;
-            let path = AuditLog::path(folder, &self.name, rank as usize);
-            if unreadable.contains(&path) && !claims.contains(&(rank as usize)) {
+        let ranks = (0..world).map(|rank| rank as usize).filter(|rank| self.file_of(*rank).is_none());
+        let ranks: Vec<_> = ranks.take(MOST_MISSING).collect();
+        let left = world - there - ranks.len() as u64;
+        for rank in ranks {
+            let path = AuditLog::path(&folder, &self.name, rank);
+            if unreadable.contains(&path) && !claims.contains(&rank) {
                 continue;
             }
             let mut findings = Findings::new(&path);
@@ -242,7 +255,7 @@ impl Job {
             self.missing.push(findings);
         }
         if left > 0 {
-            let mut findings = Findings::new(folder);
+            let mut findings = Findings::new(&folder);
             let text = format!("the files of {left} more ranks of job `{}` are missing", self.name);
             findings.add(None, Changed, text);
             self.missing.push(findings);
@@ -256,15 +269,16 @@ impl Job {
         if jobs.is_empty() {
             return;
         }
+        let (world, folder) = (self.world(), self.folder());
         let Some((_, first)) = self.files.first_mut() else { return };
-        let folder = first.path.parent().unwrap_or(Path::new("")).to_path_buf();
         if !jobs.contains(&*self.name) {
             let text = "no list of the keys of this job is given, so no key has signed these lines";
             first.findings.add(None, Incomplete, text);
         }
-        let world = self.files.iter().map(|(_, file)| file.world).max().unwrap_or(0);
-        let has = |rank: usize| self.files.binary_search_by_key(&rank, |(rank, _)| *rank).is_ok();
-        for rank in lists.ranks(&self.name).into_iter().filter(|rank| *rank as u64 >= world && !has(*rank)) {
+        for rank in lists.ranks(&self.name) {
+            if (rank as u64) < world || self.file_of(rank).is_some() {
+                continue;
+            }
             let mut findings = Findings::new(&AuditLog::path(&folder, &self.name, rank));
             findings.add(None, Incomplete, format!("rank {rank} of the list of keys has no file"));
             self.missing.push(findings);
@@ -279,7 +293,7 @@ impl Job {
         let mut unknown = Vec::new();
         for (by, (_, file)) in self.files.iter().enumerate() {
             for claim in &file.claims {
-                let Ok(of) = self.files.binary_search_by_key(&claim.rank, |(rank, _)| *rank) else {
+                let Some(of) = self.file_of(claim.rank) else {
                     if claim.rank as u64 >= file.world {
                         unknown.push((by, claim.line, claim.rank));
                     }
