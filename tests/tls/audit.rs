@@ -1,6 +1,6 @@
 //! Audit logs of jobs whose ranks have keys.
 
-use crate::job::{DEADLINE, Job, env, run};
+use crate::job::{CROWD, DEADLINE, Job, env, run};
 use shardwise::{
     Error, Refusal, Result, Tensor,
     comm::{Group, ReduceOp},
@@ -168,6 +168,7 @@ fn refusals_do_not_fill_the_log() {
     let (job, folder) = (Job::new(2), tempfile::tempdir().unwrap());
     let env = |rank| with!(job.env(rank), audit = Some(folder.path().to_path_buf()));
     let (host, visitor, port) = (env(0), env(1), job.port);
+    let _crowd = CROWD.lock();
     std::thread::scope(|scope| {
         let host = scope.spawn(move || host.run(DEADLINE, sum));
         let mut sent = 0;

@@ -11,12 +11,17 @@ use std::{
     fs,
     net::TcpListener,
     path::{Path, PathBuf},
+    sync::Mutex,
     thread,
     time::Duration,
 };
 use tempfile::TempDir;
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Held by tests that have as many connections as rank 0 examines, so that their threads can be
+/// counted.
+pub(crate) static CROWD: Mutex<()> = Mutex::new(());
 
 /// The keys of a job named `job`, and its signed membership file.
 pub(crate) struct Job {

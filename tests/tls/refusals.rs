@@ -1,7 +1,7 @@
 //! Processes that are refused, and what both sides report.
 
 use crate::{
-    job::{DEADLINE, Job, env, run},
+    job::{CROWD, DEADLINE, Job, env, run},
     relay::Relay,
 };
 use rustls::{
@@ -204,6 +204,7 @@ fn refused_connections_take_few_threads() {
         let names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
         names.filter(|name| name.trim() == "rendezvous").count()
     };
+    let _crowd = CROWD.lock();
     let most = std::sync::atomic::AtomicUsize::new(0);
     disturbed(&Job::new(3), |port| {
         let mut streams = Vec::new();
@@ -216,9 +217,9 @@ fn refused_connections_take_few_threads() {
             }
         }
     });
-    // At most 64 connections and one for each rank. Two other tests have as many.
+    // At most 64 and one for each rank. Other tests of this program have a few connections, too.
     let most = most.into_inner();
-    assert!((20..250).contains(&most), "{most} threads");
+    assert!((20..150).contains(&most), "{most} threads");
 }
 
 /// Sends again what a rank has sent when it joined an earlier start of the job.
