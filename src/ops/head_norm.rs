@@ -34,8 +34,8 @@ pub fn normalize_heads<T: Element, B: Backend>(
     Ok(stats)
 }
 
-/// Writes the gradients of the heads `heads` to dx, where head 0 begins at column `first`. Other
-/// columns of dx do not change. Returns dγ, summed over these heads and all rows.
+/// Writes the gradients of the heads `heads` of some rows to dx, where head 0 begins at column
+/// `first`. Other elements of dx do not change. Returns dγ, summed over these heads and rows.
 ///
 /// # Errors
 /// When sizes disagree.
@@ -44,6 +44,7 @@ pub fn normalize_heads_backward<T: Element, B: Backend>(
     (x, stats): (&Tensor<T, B>, &Tensor<T::Acc, B>),
     gamma: &Tensor<T, B>,
     (first, heads): (usize, Range<usize>),
+    of: Range<usize>,
     dy: &Tensor<T, B>,
     dx: &mut Tensor<T, B>,
 ) -> Result<Tensor<T::Acc, B>> {
@@ -52,9 +53,10 @@ pub fn normalize_heads_backward<T: Element, B: Backend>(
     let mut dgamma = Tensor::<T::Acc, B>::empty(device, [dim])?;
     for head in heads {
         let columns = first + head * dim..first + (head + 1) * dim;
-        let stats = B::narrow(stats.slice(), head * rows * 2..(head + 1) * rows * 2);
-        let (x, dy) = (x.mat().columns(columns.clone()), dy.mat().columns(columns.clone()));
-        let to = dx.mat_mut()?.columns(columns);
+        let stats = B::narrow(stats.slice(), (head * rows + of.start) * 2..(head * rows + of.end) * 2);
+        let (x, dy) =
+            (x.mat().block(of.clone(), columns.clone()), dy.mat().block(of.clone(), columns.clone()));
+        let to = dx.mat_mut()?.block(of.clone(), columns);
         device.normalize_backward::<T>(kind, x, gamma.slice(), stats, dy, to, dgamma.slice_mut()?, None)?;
         device.accumulate(dgamma.mat(), sum.mat_mut()?)?;
     }

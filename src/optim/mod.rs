@@ -33,7 +33,7 @@ mod state;
 
 pub use adamw::{AdamW, AdamWConfig};
 pub use learning_rate::{Decay, LearningRate};
-pub use norm::{clip_scale, grad_norm, require_finite};
+pub use norm::{clip_scale, grad_norm, require_finite, sample_norms};
 pub use scale::LossScale;
 pub use sgd::{Sgd, SgdConfig};
 

@@ -47,7 +47,9 @@
 //! | [`TransformerBlock`] | S → S | those of its layers |
 //!
 //! ¹ All-reduce only if several ranks hold a key/value head. ² All-reduce only with normalized
-//! heads ([`QkNorm`]). ³ All-reduce only with sequence parallelism.
+//! heads ([`QkNorm`]). ³ All-reduce only with sequence parallelism. While a parameter keeps the
+//! terms of samples ([`Param::keep_terms`](crate::tensor::Param::keep_terms)), the all-reduce is of
+//! the sums of each sample, and that of dP is an all-gather of dY.
 //!
 //! S is the placement of the residual stream ([`ResidualStream`]):
 //!

@@ -5,7 +5,10 @@ mod array;
 mod param;
 mod source;
 
-pub use param::{Accumulate, GradSink, GradSum, GradTerm, Param, ParamRegion, QuantizedRows, Store};
+pub use param::{
+    Accumulate, GradSink, GradSum, GradTerm, Param, ParamRegion, QuantizedRows, SampleTerm, Store,
+    WriteProduct,
+};
 pub(crate) use param::{BlockRegion, check_once};
 pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};

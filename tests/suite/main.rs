@@ -35,6 +35,7 @@ mod quantized;
 mod relay;
 mod rows;
 mod safety;
+mod samples;
 mod saving;
 mod sites;
 mod stages;

@@ -41,7 +41,7 @@ pub(crate) struct Blocks {
 
 impl Blocks {
     /// Adds a matrix of random blocks.
-    fn with(mut self, name: &str, format: Format, [rows, cols]: [usize; 2]) -> Self {
+    pub(crate) fn with(mut self, name: &str, format: Format, [rows, cols]: [usize; 2]) -> Self {
         let random = Philox::named(3, name);
         let count = rows * format.blocks(0..cols).len();
         let mut bytes: Vec<u8> =
@@ -82,7 +82,7 @@ impl Blocks {
         blocks
     }
 
-    fn with_dense(mut self, name: &str, shape: &[usize]) -> Self {
+    pub(crate) fn with_dense(mut self, name: &str, shape: &[usize]) -> Self {
         let random = Philox::named(4, name);
         let mut at = 0;
         let array = ArrayD::from_shape_simple_fn(shape, || {

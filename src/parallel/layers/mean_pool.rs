@@ -11,8 +11,8 @@ use crate::{
 
 /// yₛ = (1 / nₛ) Σ xᵢ over the nₛ tokens i of sequence s: Replicated → Replicated. No collectives.
 ///
-/// x: `[tokens, features]`. y: `[sequences, features]`, whose rows form one sequence. Padding does
-/// not count. For a later dropout layer, the first row of y is row [`DropoutState::sequence`].
+/// x: `[tokens, features]`. y: `[sequences, features]`, each row of which is a sequence. Padding
+/// does not count. For a later dropout layer, the first row of y is row [`DropoutState::sequence`].
 ///
 /// Backward: dxᵢ = dyₛ / nₛ for each token i of sequence s.
 ///
@@ -42,7 +42,8 @@ impl<T: Element, B: Backend> Layer<T, B> for MeanPool {
             let reason = "the mean over a sequence in a cached step";
             return Err(Error::Unsupported { op: OP, reason: reason.into() });
         }
-        let means = DTensor::replicated(x.group(), ops::mean_sequences(x.local(), x.sequences())?)?;
+        let means = DTensor::replicated(x.group(), ops::mean_sequences(x.local(), x.sequences())?)?
+            .with_sequences(Sequences::packed(x.sequences().iter().map(|_| 1)))?;
         let y = match x.dropout_state() {
             Some(dropout) => means.with_dropout_state(DropoutState { row: dropout.sequence, ..dropout }),
             None => means,

@@ -82,26 +82,18 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, 
         let (device, cols) = (dy.local().device(), dy.shape().cols());
         let gamma = self.gamma.value()?;
         same_size("normalize backward", "features of dy", cols, "those of the layer", gamma.len())?;
-        let vectors = if self.beta.is_some() { 2 } else { 1 };
         let mut dx = Tensor::empty(device, dy.local().shape())?;
-        // One collective sums dγ and dβ over all tokens.
-        let sums = self.sums.over_tokens(&dy, [vectors, cols], |rows, sums| {
+        let term = |rows, sums: &mut Tensor<T::Acc, B>| {
             let (dgamma, dbeta) =
                 ops::normalize_backward_rows(self.kind, &context, &gamma, dy.local(), rows, &mut dx)?;
             for (at, grad) in [Some(dgamma), dbeta].into_iter().flatten().enumerate() {
                 device.copy(grad.mat(), sums.mat_mut()?.block(at..at + 1, 0..cols))?;
             }
             Ok(())
-        })?;
-        let row = |at: usize| {
-            let mut row = Tensor::<T::Acc, B>::empty(device, [cols])?;
-            device.copy(sums.mat().block(at..at + 1, 0..cols), row.mat_mut()?)?;
-            Ok(row)
         };
-        self.gamma.add_grad(row(0)?)?;
-        if let Some(beta) = &self.beta {
-            beta.add_grad(row(1)?)?;
-        }
+        let params: Vec<_> = [&self.gamma].into_iter().chain(&self.beta).collect();
+        // One collective sums dγ and dβ over all tokens.
+        self.sums.add_vectors(&params, &dy, term)?;
         dy.with_local(dx)
     }
 

@@ -39,9 +39,9 @@ use crate::{
     comm::{Group, ReduceOp},
     device::{Device, Element},
     error::{Error, Result},
-    kernels::Backend,
+    kernels::{Backend, MatRef},
     shard::{Heads, Node, Partition, Shape, Tree, TreeSum, blocks},
-    tensor::{BlockRegion, Param, Tensor},
+    tensor::{BlockRegion, Param, SampleTerm, Tensor},
 };
 use std::ops::Range;
 
@@ -278,6 +278,58 @@ impl<B: Backend> Sums<B> {
         }
     }
 
+    /// Computes [`Sums::over_tokens`] over the tokens of each sequence. Row i of the result is the
+    /// sum over sequence i, whose elements have the given shape.
+    ///
+    /// # Errors
+    /// As [`Sums::over_tokens`].
+    #[track_caller]
+    pub(super) fn over_sequences<S: ResidualStream, T: Element>(
+        &self,
+        of: &DTensor<S, T, B>,
+        shape: impl Into<Shape>,
+        mut term: impl FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
+    ) -> Result<Tensor<T::Acc, B>> {
+        let (device, shape, first) = (self.group.device(), shape.into(), of.local_range(0).start);
+        let (count, len) = (of.sequences().len(), shape.len());
+        self.over_tokens(of, [count, len], |rows, sums| {
+            device.fill(0.0, sums.mat_mut()?)?;
+            for (at, sequence) in of.sequences().iter().enumerate() {
+                let start = sequence.start.saturating_sub(first).max(rows.start);
+                let end = sequence.end.saturating_sub(first).min(rows.end);
+                if start < end {
+                    let mut sum = Tensor::empty(device, shape)?;
+                    term(start..end, &mut sum)?;
+                    let sum = MatRef::<T::Acc, B>::new(sum.slice(), 1, len)?;
+                    device.copy(sum, sums.mat_mut()?.block(at..at + 1, 0..len))?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Adds [`Sums::over_tokens`] to the gradients of several vectors of the same length. `term`
+    /// writes one row for each vector.
+    ///
+    /// # Errors
+    /// As [`Sums::over_tokens`], and when a sink rejects its gradient.
+    #[track_caller]
+    pub(super) fn add_vectors<S: ResidualStream, T: Element>(
+        &self,
+        params: &[&Param<T, B>],
+        of: &DTensor<S, T, B>,
+        term: impl FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
+    ) -> Result<()> {
+        let shape = [params.len(), params.first().map_or(0, |param| param.shape().len())];
+        // If one of them needs the gradient of each sample, the sums of all sequences are computed.
+        let sums = if params.iter().any(|param| param.keeps_terms()) {
+            self.over_sequences(of, shape, term)?
+        } else {
+            self.over_tokens(of, shape, term)?.reshape([1, shape[0] * shape[1]])?
+        };
+        add_rows(params, &sums)
+    }
+
     /// Adds [`Sums::over_tokens`] to the gradient of a parameter. If every rank has all tokens and
     /// the order is free, the parameter's sink may request sums over ranges of the tokens.
     ///
@@ -290,6 +342,10 @@ impl<B: Backend> Sums<B> {
         of: &DTensor<S, T, B>,
         mut term: impl FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
     ) -> Result<()> {
+        if param.keeps_terms() {
+            param.keep_term(SampleTerm::Each(self.over_sequences(of, param.shape(), term)?));
+            return Ok(());
+        }
         if self.tree.is_some() || S::SHARD_DIM.is_some() {
             return param.add_grad(self.over_tokens(of, param.shape(), term)?);
         }
@@ -299,6 +355,29 @@ impl<B: Backend> Sums<B> {
             Ok(grad)
         })
     }
+}
+
+/// Adds to the gradients of vectors of the same length. A row of `sums` has one vector after
+/// another. There is one row for each sample, or one row if no parameter keeps terms.
+pub(super) fn add_rows<T: Element, B: Backend>(
+    params: &[&Param<T, B>],
+    sums: &Tensor<T::Acc, B>,
+) -> Result<()> {
+    let (device, rows) = (sums.device(), sums.shape().rows());
+    for (at, param) in params.iter().enumerate() {
+        let len = param.shape().len();
+        let of = sums.mat().columns(at * len..(at + 1) * len);
+        if param.keeps_terms() {
+            let mut grads = Tensor::<T::Acc, B>::empty(device, [rows, len])?;
+            device.copy(of, grads.mat_mut()?)?;
+            param.keep_term(SampleTerm::Each(grads));
+        } else {
+            let mut grad = Tensor::<T::Acc, B>::empty(device, param.shape())?;
+            device.sum_rows::<T::Acc>(of, grad.slice_mut()?)?;
+            param.add_grad(grad)?;
+        }
+    }
+    Ok(())
 }
 
 /// Computes the sums of the largest sub-trees that have only leaves in `leaves`. The tree has

@@ -8,7 +8,7 @@ use crate::{
     ops,
     parallel::DTensor,
     shard::{Node, Partial, Placement, TreeSum},
-    tensor::{Param, QuantizedRows, Tensor},
+    tensor::{Param, QuantizedRows, SampleTerm, Tensor},
     trace,
 };
 use std::ops::Range;
@@ -201,13 +201,34 @@ impl<B: Backend> Sums<B> {
     }
 
     /// For several layers with the same input, adds dyᵀ x to dw, and the sum of the rows of dy to
-    /// db. The rows of dw are partitioned into leaves. If the order is free and no leaves share
-    /// rows, computes the products concurrently where the device can.
-    pub(in crate::parallel) fn row_grads<'a, T: Element>(
+    /// db. Each layer has its columns of `dy`. The rows of dw are partitioned into leaves. If the
+    /// order is free and no leaves share rows, computes the products concurrently where the device
+    /// can.
+    pub(in crate::parallel) fn row_grads<'a, P: Placement, T: Element>(
         &self,
-        layers: Vec<((Affine<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
+        layers: Vec<((Affine<'a, T, B>, &'a Leaves), Range<usize>)>,
+        dy: &'a DTensor<P, T, B>,
         x: &'a Tensor<T, B>,
     ) -> Result<()> {
+        let of = |columns: &Range<usize>| dy.local().mat().columns(columns.clone());
+        let keeps = |w: &Param<T, B>, bias: Option<&Param<T, B>>| {
+            w.keeps_terms() || bias.is_some_and(Param::keeps_terms)
+        };
+        if layers.iter().any(|(((w, bias), _), _)| keeps(w, *bias)) {
+            return layers.into_iter().try_for_each(|(((w, bias), leaves), columns)| {
+                if w.keeps_terms() {
+                    self.keep_product(w, (dy, columns.clone()), x, (0, leaves))?;
+                } else {
+                    self.grad(w, (of(&columns), x.mat()), (0, leaves))?;
+                }
+                match bias {
+                    Some(bias) if bias.keeps_terms() => self.keep_sum(bias, (dy, columns)),
+                    Some(bias) => self.bias_grad(bias, of(&columns)),
+                    None => Ok(()),
+                }
+            });
+        }
+        let layers: Vec<_> = layers.into_iter().map(|(params, columns)| (params, of(&columns))).collect();
         let by_leaves = self.tree.is_some() || layers.iter().any(|((_, leaves), _)| leaves.shared);
         let is_frozen = layers.iter().any(|(((w, _), _), _)| w.is_quantized());
         if by_leaves || is_frozen || layers.len() == 1 {
@@ -240,7 +261,7 @@ impl<B: Backend> Sums<B> {
     ) -> Result<()> {
         let device = self.group.device();
         let Some(bias) = bias.filter(|_| self.tree.is_none() && !leaves.shared) else {
-            self.grads(w, (dy, x.mat()), (0, leaves))?;
+            self.grad(w, (dy, x.mat()), (0, leaves))?;
             return bias.map_or(Ok(()), |bias| self.bias_grad(bias, dy));
         };
         // One product gives both gradients if the sinks of weight and bias request the same tokens.
@@ -264,19 +285,78 @@ impl<B: Backend> Sums<B> {
     }
 
     /// Adds dyᵀ x to dw. Dimension `dim` of dw is partitioned into leaves.
-    pub(in crate::parallel) fn grads<T: Element>(
+    pub(in crate::parallel) fn grads<P: Placement, T: Element>(
+        &self,
+        w: &Param<T, B>,
+        dy: &DTensor<P, T, B>,
+        x: &Tensor<T, B>,
+        (dim, leaves): (usize, &Leaves),
+    ) -> Result<()> {
+        if w.keeps_terms() {
+            return self.keep_product(w, (dy, 0..dy.local().shape().cols()), x, (dim, leaves));
+        }
+        self.grad(w, (dy.local().mat(), x.mat()), (dim, leaves))
+    }
+
+    fn grad<T: Element>(
         &self,
         w: &Param<T, B>,
         (dy, x): (MatRef<'_, T, B>, MatRef<'_, T, B>),
-        (dim, leaves): (usize, &Leaves),
+        of: (usize, &Leaves),
     ) -> Result<()> {
         w.add_product_over(dy.rows(), |tokens, beta, dw| {
-            let (dy, x) = (rows_of(dy, tokens.clone()), rows_of(x, tokens));
-            if !self.is_by_leaves(dy.t(), leaves.shared) {
-                return ops::linear_dw(self.group.device(), (dy, x), beta, dw, None);
-            }
-            self.by_ranges((dim, leaves), (dy.t(), x), beta, dw)
+            self.write_grad((rows_of(dy, tokens.clone()), rows_of(x, tokens)), of, beta, dw)
         })
+    }
+
+    /// Computes dw = β dw + dyᵀ x. Dimension `dim` of dw is partitioned into leaves.
+    fn write_grad<T: Element>(
+        &self,
+        (dy, x): (MatRef<'_, T, B>, MatRef<'_, T, B>),
+        (dim, leaves): (usize, &Leaves),
+        beta: f64,
+        dw: MatMut<'_, T::Acc, B>,
+    ) -> Result<()> {
+        if !self.is_by_leaves(dy.t(), leaves.shared) {
+            return ops::linear_dw(self.group.device(), (dy, x), beta, dw, None);
+        }
+        self.by_ranges((dim, leaves), (dy.t(), x), beta, dw)
+    }
+
+    /// Keeps the operands of dyᵀ x for [`Param::add_kept`].
+    pub(in crate::parallel) fn keep_product<P: Placement, T: Element>(
+        &self,
+        w: &Param<T, B>,
+        (dy, columns): (&DTensor<P, T, B>, Range<usize>),
+        x: &Tensor<T, B>,
+        (dim, leaves): (usize, &Leaves),
+    ) -> Result<()> {
+        let (sums, leaves) = (self.clone(), leaves.clone());
+        w.keep_term(SampleTerm::Product {
+            dy: (dy.local().clone(), columns),
+            x: x.clone(),
+            samples: dy.sequences().clone(),
+            write: Box::new(move |factors, beta, dw| {
+                sums.write_grad::<T::Acc>(factors, (dim, &leaves), beta, dw)
+            }),
+        });
+        Ok(())
+    }
+
+    /// Keeps the sum of the rows of dy of each sequence for [`Param::add_kept`].
+    fn keep_sum<P: Placement, T: Element>(
+        &self,
+        bias: &Param<T, B>,
+        (dy, columns): (&DTensor<P, T, B>, Range<usize>),
+    ) -> Result<()> {
+        let mut sequences = vec![0; dy.sequences().rows()];
+        for (at, rows) in dy.sequences().iter().enumerate() {
+            sequences[rows].fill(at as u32);
+        }
+        let (device, count) = (self.group.device(), dy.sequences().len());
+        let sums = ops::scatter_rows(device, &sequences, count, dy.local().mat().columns(columns))?;
+        bias.keep_term(SampleTerm::Each(sums));
+        Ok(())
     }
 
     /// Whether a product with `a` is computed range by range. This is needed if the order is fixed,

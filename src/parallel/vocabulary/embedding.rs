@@ -8,7 +8,7 @@ use crate::{
     ops,
     parallel::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, ResidualStream, sums::Sums},
     shard::{Partial, Sequences},
-    tensor::{Param, Region, Role, Weights},
+    tensor::{Param, Region, Role, SampleTerm, Weights},
 };
 use std::marker::PhantomData;
 
@@ -122,8 +122,17 @@ impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> 
         let (words, cols) = (table.shape().rows(), table.shape().cols());
         same_size("embedding backward", "features of dy", dy.shape().cols(), "those of the table", cols)?;
         let dy = dy.enter()?;
+        let dy_rows = dy.local().shape().rows();
+        same_size("embedding backward", "the number of ids", rows.len(), "rows of dy", dy_rows)?;
+        if table.keeps_terms() {
+            table.keep_term(SampleTerm::Lookup {
+                ids: rows.to_vec(),
+                dy: dy.local().clone(),
+                samples: dy.sequences().clone(),
+            });
+            return Ok(());
+        }
         let dy = dy.local();
-        same_size("embedding backward", "the number of ids", rows.len(), "rows of dy", dy.shape().rows())?;
         table.add_grad_over(rows.len(), |tokens| {
             let dy_mat = dy.mat().block(tokens.clone(), 0..cols);
             ops::scatter_rows(dy.device(), &rows[tokens], words, dy_mat)
@@ -170,8 +179,8 @@ impl<S: ResidualStream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
         Ok(Self { table: sums.replicated(table), sums, stream: PhantomData })
     }
 
-    /// Computes yᵢ = xᵢ + `P[rowsᵢ]`, and the saved values for the backward. `rows` has one index
-    /// for each token of the whole tensor, and is the same on every rank.
+    /// Computes yᵢ = xᵢ + `P[rowsᵢ]`, and the saved values for the backward: all indices. `rows`
+    /// has one index for each token of the whole tensor, and is the same on every rank.
     ///
     /// # Errors
     /// When there is not one index per token, or an index other than `NO_ROW` is beyond the table.
@@ -181,8 +190,8 @@ impl<S: ResidualStream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
         rows: impl Iterator<Item = u32>,
     ) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
         x.check("position embedding", self.sums.group())?;
-        let own = x.local_range(0);
-        let rows: Vec<u32> = rows.skip(own.start).take(own.len()).collect();
+        let (rows, tokens): (Vec<u32>, _) = (rows.collect(), x.shape().rows());
+        same_size("position embedding", "the number of indices", rows.len(), "that of tokens", tokens)?;
         let table = self.table.shape().rows();
         if let Some(row) = rows.iter().find(|&&row| row as usize >= table && row != NO_ROW) {
             let reason = format!(
@@ -191,7 +200,7 @@ impl<S: ResidualStream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
             );
             return Err(Error::invalid("position embedding", reason));
         }
-        let added = self.table.rows(&rows)?;
+        let added = self.table.rows(&rows[x.local_range(0)])?;
         Ok((x.map_local(|local| ops::add(local, &added))?, rows))
     }
 }
@@ -212,14 +221,16 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for PositionEmbeddin
         let _site = self.table.site().enter();
         dy.check("position embedding backward", self.sums.group())?;
         let (table, device, cols) = (self.table.shape(), dy.local().device(), dy.shape().cols());
-        same_size(
-            "embedding",
-            "the number of positions",
-            positions.len(),
-            "rows of dy",
-            dy.local().shape().rows(),
-        )?;
-        same_size("position embedding backward", "features of dy", cols, "those of the table", table.cols())?;
+        const OP: &str = "position embedding backward";
+        same_size(OP, "the number of positions", positions.len(), "rows of dy", dy.shape().rows())?;
+        same_size(OP, "features of dy", cols, "those of the table", table.cols())?;
+        if self.table.keeps_terms() {
+            let all = dy.clone().enter()?;
+            let (samples, all) = (all.sequences().clone(), all.into_local());
+            self.table.keep_term(SampleTerm::Lookup { ids: positions, dy: all, samples });
+            return Ok(dy);
+        }
+        let positions = &positions[dy.local_range(0)];
         self.sums.add_over_tokens(&self.table, &dy, |rows, grad| {
             device.fill(0.0, grad.mat_mut()?)?;
             device.scatter_add(

@@ -19,13 +19,24 @@ pub(super) struct Gradient<A: Element, B: Device> {
     microbatches: usize,
     /// The number of terms added in this step: one for each use and microbatch.
     added: usize,
+    /// How often the sum was added to, replaced or cleared.
+    changes: u64,
+    /// Whether nothing may use the gradient yet ([`Param::hold_grad`]).
+    held: bool,
 }
 
 impl<A: Element, B: Backend> Gradient<A, B> {
     /// Makes a state without a gradient, with one microbatch a step. Terms are summed in the order
     /// of the calls.
     pub(super) fn new() -> Self {
-        Self { sum: GradSum::of(None), sink: Box::new(Accumulate), microbatches: 1, added: 0 }
+        Self {
+            sum: GradSum::of(None),
+            sink: Box::new(Accumulate),
+            microbatches: 1,
+            added: 0,
+            changes: 0,
+            held: false,
+        }
     }
 }
 
@@ -73,8 +84,12 @@ impl<T: Element, B: Backend> Param<T, B> {
 
     /// Returns the number of terms that a step adds to the gradient: uses · microbatches.
     pub(crate) fn uses(&self) -> usize {
-        let ties = Rc::strong_count(&self.0.0);
-        ties.saturating_mul(self.0.0.grad.borrow().microbatches.max(1))
+        self.ties().saturating_mul(self.0.0.grad.borrow().microbatches.max(1))
+    }
+
+    /// Returns the number of layers that use the parameter ([`Param::tie`]).
+    pub(crate) fn ties(&self) -> usize {
+        Rc::strong_count(&self.0.0)
     }
 
     /// Returns the sum of the gradients since the last [`Param::zero_grad`], or `None` before the
@@ -88,7 +103,28 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// Moves the gradient out. The caller can change it without a copy and pass it to
     /// [`Param::set_grad`].
     pub(crate) fn take_grad(&self) -> Option<Tensor<T::Acc, B>> {
-        self.0.0.grad.borrow_mut().sum.total.take()
+        let grad = &mut *self.0.0.grad.borrow_mut();
+        grad.changes += 1;
+        grad.sum.total.take()
+    }
+
+    /// Returns how often the gradient was added to, replaced or cleared.
+    #[cfg(feature = "privacy")]
+    pub(crate) fn grad_changes(&self) -> u64 {
+        self.0.0.grad.borrow().changes
+    }
+
+    /// Whether norms and optimizers refuse the gradient.
+    #[cfg(feature = "privacy")]
+    pub(crate) fn holds_grad(&self) -> bool {
+        self.0.0.grad.borrow().held
+    }
+
+    /// Lets norms and optimizers refuse the gradient from now on, because private training has not
+    /// added its noise yet; or lets them use it again.
+    #[cfg(feature = "privacy")]
+    pub(crate) fn hold_grad(&self, hold: bool) {
+        self.0.0.grad.borrow_mut().held = hold;
     }
 
     /// Replaces the gradient.
@@ -97,7 +133,9 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// When the gradient's shape is not the parameter's.
     pub fn set_grad(&self, grad: Tensor<T::Acc, B>) -> Result<()> {
         self.check_grad(&grad)?;
-        self.0.0.grad.borrow_mut().sum = GradSum::of(Some(grad));
+        let state = &mut *self.0.0.grad.borrow_mut();
+        state.sum = GradSum::of(Some(grad));
+        state.changes += 1;
         Ok(())
     }
 
@@ -105,15 +143,18 @@ impl<T: Element, B: Backend> Param<T, B> {
     pub fn zero_grad(&self) {
         let mut grad = self.0.0.grad.borrow_mut();
         (grad.sum, grad.added) = (GradSum::of(None), 0);
+        grad.changes += 1;
         grad.sink.clear();
     }
 
     /// Adds one term to the gradient.
     ///
     /// # Errors
-    /// When the shape is not the parameter's, or the sink fails.
+    /// When the shape is not the parameter's, or the sink fails. In private training, because the
+    /// gradients of samples cannot be computed from their sum.
     pub fn add_grad(&self, grad: Tensor<T::Acc, B>) -> Result<()> {
         self.check_grad(&grad)?;
+        self.check_not_kept()?;
         let mut grad = Some(grad);
         self.add(None, &mut |_, sum| grad.take().map_or(Ok(()), |grad| sink::add_term(sum, grad)))
     }
@@ -127,6 +168,7 @@ impl<T: Element, B: Backend> Param<T, B> {
         tokens: usize,
         mut grad: impl FnMut(Range<usize>) -> Result<Tensor<T::Acc, B>>,
     ) -> Result<()> {
+        self.check_not_kept()?;
         self.add(Some(tokens), &mut |tokens, sum| {
             let grad = grad(tokens)?;
             self.check_grad(&grad)?;
@@ -145,9 +187,23 @@ impl<T: Element, B: Backend> Param<T, B> {
         mut write: impl FnMut(Range<usize>, f64, MatMut<'_, T::Acc, B>) -> Result<()>,
     ) -> Result<()> {
         let of = (&self.0.0.device, self.0.0.shape);
+        self.check_not_kept()?;
         self.add(Some(tokens), &mut |tokens, sum| {
             sink::add_product(sum, of, |beta, dw| write(tokens, beta, dw))
         })
+    }
+
+    /// Checks that the gradient does not need a term of each sample.
+    fn check_not_kept(&self) -> Result<()> {
+        if !self.keeps_terms() {
+            return Ok(());
+        }
+        let reason = format!(
+            "a layer adds to {} without the gradient of each sample, which private training needs: pass the \
+             terms to `Param::keep_term`",
+            self.name()
+        );
+        Err(Error::Unsupported { op: "gradient", reason })
     }
 
     fn check_grad(&self, grad: &Tensor<T::Acc, B>) -> Result<()> {
@@ -155,13 +211,14 @@ impl<T: Element, B: Backend> Param<T, B> {
     }
 
     /// Adds one term, unless the parameter is frozen.
-    fn add(&self, tokens: Option<usize>, add: sink::AddTokens<'_, T::Acc, B>) -> Result<()> {
+    pub(super) fn add(&self, tokens: Option<usize>, add: sink::AddTokens<'_, T::Acc, B>) -> Result<()> {
         if self.is_quantized() {
             return Ok(());
         }
         let uses = self.uses();
         let grad = &mut *self.0.0.grad.borrow_mut();
         let term = GradTerm { name: self.name(), index: grad.added, uses, tokens, add };
+        grad.changes += 1;
         grad.sink.add(term, &mut grad.sum)?;
         self.check_sum(&mut grad.sum)?;
         grad.added += 1;
@@ -200,9 +257,17 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// replicas.
     ///
     /// # Errors
-    /// As [`Param::settle`], and when partial sums are not reduced over the replicas yet.
+    /// As [`Param::settle`], when partial sums are not reduced over the replicas yet, and when the
+    /// gradient still lacks the noise of private training.
     pub(crate) fn check_complete(&self, op: &'static str) -> Result<()> {
         self.settle()?;
+        if self.0.0.grad.borrow().held {
+            let reason = format!(
+                "the gradient of {} has no noise yet: a step of private training was not released",
+                self.name()
+            );
+            return Err(Error::invalid(op, reason));
+        }
         if !self.0.0.grad.borrow().sum.partials.is_empty() {
             let reason = format!("terms of {} are not summed over its replicas yet", self.name());
             return Err(Error::invalid(op, reason));
@@ -213,7 +278,9 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// Moves out this replica's partial sums of the gradient, one for each sub-tree that the
     /// replica has in the tree over all replicas. Returns an empty list before the first backward.
     pub(crate) fn take_terms(&self) -> Vec<Tensor<T::Acc, B>> {
-        let sum = &mut self.0.0.grad.borrow_mut().sum;
+        let grad = &mut *self.0.0.grad.borrow_mut();
+        grad.changes += 1;
+        let sum = &mut grad.sum;
         let partials = std::mem::take(&mut sum.partials);
         if partials.is_empty() { sum.total.take().into_iter().collect() } else { partials }
     }

@@ -4,12 +4,14 @@ mod grad;
 mod load;
 mod quantized;
 mod region;
+mod samples;
 mod sink;
 mod store;
 
 pub use quantized::QuantizedRows;
 pub(crate) use region::BlockRegion;
 pub use region::ParamRegion;
+pub use samples::{SampleTerm, WriteProduct};
 pub use sink::{Accumulate, GradSink, GradSum, GradTerm};
 pub use store::Store;
 
@@ -55,6 +57,8 @@ struct Shared<T: Element, B: Device> {
     /// change it, so an optimizer can detect a value that the caller set.
     revision: Cell<u64>,
     grad: RefCell<Gradient<T::Acc, B>>,
+    /// The terms that are kept, if terms are kept ([`Param::keep_terms`]).
+    terms: RefCell<Option<Vec<SampleTerm<T, B>>>>,
     /// The argument of the first call of [`Param::sum_in_tree`]; unset before that call.
     blocks: OnceCell<Option<Vec<Vec<BlockRegion>>>>,
 }
@@ -105,6 +109,7 @@ impl<T: Element, B: Backend> Param<T, B> {
             store: RefCell::new(store),
             revision: Cell::new(next_revision()),
             grad: RefCell::new(Gradient::new()),
+            terms: RefCell::new(None),
             blocks: OnceCell::new(),
         }))))
     }

@@ -7,7 +7,10 @@ use crate::{
     error::{Error, Result, same_size},
     kernels::{Backend, NormKind, QkvHeads},
     ops::{self, AttentionContext, Rotary},
-    parallel::{Context, DTensor, Layer, sums::Sums},
+    parallel::{
+        Context, DTensor, Layer,
+        sums::{Sums, add_rows},
+    },
     shard::{Heads, Partition, Sequences, Shard},
     tensor::{Param, Region, Role, Tensor, Weights},
 };
@@ -232,23 +235,27 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
             dx = Tensor::empty(&device, dy.shape())?;
             let NormSaved { qkv, q: q_stats, k: k_stats } = context;
             let of = [(q, q_stats, norms.q.value()?), (k, k_stats, norms.k.value()?)];
-            let leaf_heads = &self.leaf_heads;
-            let grads = self.sums.total::<T::Acc>([2, dim], |leaf, grads| {
-                for (row, (columns, stats, gamma)) in of.iter().enumerate() {
-                    let (x, heads) = ((qkv, *stats), leaf_heads[leaf][row].clone());
-                    let first = columns.start;
-                    let grad =
-                        ops::normalize_heads_backward(norms.kind, x, gamma, (first, heads), &dy, &mut dx)?;
-                    device.copy(grad.mat(), grads.mat_mut()?.block(row..row + 1, 0..dim))?;
+            let (leaf_heads, params) = (&self.leaf_heads, [&norms.q, &norms.k]);
+            // One row of sums for each sample, if their gradients are kept.
+            let groups: Vec<_> = match params.iter().any(|param| param.keeps_terms()) {
+                true => saved.sequences.iter().collect(),
+                false => std::iter::once(0..dy.shape().rows()).collect(),
+            };
+            let grads = self.sums.total::<T::Acc>([groups.len(), 2 * dim], |leaf, grads| {
+                for (at, (columns, stats, gamma)) in of.iter().enumerate() {
+                    for (group, rows) in groups.iter().enumerate() {
+                        let (x, heads) = ((qkv, *stats), (columns.start, leaf_heads[leaf][at].clone()));
+                        let rows = rows.clone();
+                        let grad =
+                            ops::normalize_heads_backward(norms.kind, x, gamma, heads, rows, &dy, &mut dx)?;
+                        let to = grads.mat_mut()?.block(group..group + 1, at * dim..(at + 1) * dim);
+                        device.copy(grad.mat(), to)?;
+                    }
                 }
                 Ok(())
             })?;
             copy_columns(&dy, v, &mut dx)?;
-            for (row, param) in [&norms.q, &norms.k].into_iter().enumerate() {
-                let mut grad = Tensor::<T::Acc, B>::empty(&device, [dim])?;
-                device.copy(grads.mat().block(row..row + 1, 0..dim), grad.mat_mut()?)?;
-                param.add_grad(grad)?;
-            }
+            add_rows(&params, &grads)?;
         }
         Ok(dy.with_features(dx, self.qkv_partition.total(), Some(self.qkv_partition.clone())))
     }

@@ -227,11 +227,10 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
     }
 
     fn param_grads(&self, x: &Tensor<T, B>, dy: &DTensor<Shard<1>, T, B>) -> Result<()> {
-        let (dy, ranges) = (dy.local(), self.branch_ranges(Columns::rows));
-        same_size(OP_BACKWARD, "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        let branches = self.branches.iter().zip(ranges);
-        let layers = branches.map(|(branch, range)| (branch.affine(), dy.mat().columns(range)));
-        self.sums.row_grads(layers.collect(), x)
+        let (rows, ranges) = (dy.local().shape().rows(), self.branch_ranges(Columns::rows));
+        same_size(OP_BACKWARD, "rows of dy", rows, "rows of x", x.shape().rows())?;
+        let layers = self.branches.iter().map(Branch::affine).zip(ranges);
+        self.sums.row_grads(layers.collect(), dy, x)
     }
 }
 

@@ -53,6 +53,12 @@ impl<T: Element, B: Backend> ReplicatedLinear<T, B> {
     fn site(&self) -> Site {
         self.weight.site()
     }
+
+    /// Every rank computes all outputs.
+    fn whole(&self) -> Leaves {
+        let whole = std::iter::once(0..self.weight.shape().rows()).collect();
+        Leaves::new(vec![whole], Vec::new(), false)
+    }
 }
 
 impl<T: Element, B: Backend> Layer<T, B> for ReplicatedLinear<T, B> {
@@ -64,10 +70,8 @@ impl<T: Element, B: Backend> Layer<T, B> for ReplicatedLinear<T, B> {
     fn forward(&self, x: DTensor<Replicated, T, B>) -> Result<(DTensor<Replicated, T, B>, Self::Saved)> {
         let _site = self.site().enter();
         x.check(OP, self.sums.group())?;
-        // Every rank computes all outputs.
-        let whole = std::iter::once(0..self.weight.shape().rows()).collect();
-        let leaves = Leaves::new(vec![whole], Vec::new(), false);
-        let (y, _) = self.sums.outputs(x.local(), (&self.weight, self.bias.as_ref()), None, &leaves)?;
+        let params = (&self.weight, self.bias.as_ref());
+        let (y, _) = self.sums.outputs(x.local(), params, None, &self.whole())?;
         let features = y.shape().cols();
         Ok((x.with_features(y, features, None), x.into_local()))
     }
@@ -80,10 +84,15 @@ impl<T: Element, B: Backend> Layer<T, B> for ReplicatedLinear<T, B> {
         same_size(OP_BACKWARD, "rows of dy", rows, "rows of x", x.shape().rows())?;
         let dx = ops::linear_dx(dy.local(), &self.weight.value()?, None)?;
         let device = self.sums.group().device();
-        self.sums.add_over_tokens(&self.weight, &dy, |tokens, dw| {
-            let dy = dy.local().mat().block(tokens.clone(), 0..outputs);
-            ops::linear_dw(device, (dy, x.mat().block(tokens, 0..inputs)), 0.0, dw.mat_mut()?, None)
-        })?;
+        if self.weight.keeps_terms() {
+            // Every rank has all tokens, and computes the same product.
+            self.sums.keep_product(&self.weight, (&dy, 0..outputs), &x, (0, &self.whole()))?;
+        } else {
+            self.sums.add_over_tokens(&self.weight, &dy, |tokens, dw| {
+                let dy = dy.local().mat().block(tokens.clone(), 0..outputs);
+                ops::linear_dw(device, (dy, x.mat().block(tokens, 0..inputs)), 0.0, dw.mat_mut()?, None)
+            })?;
+        }
         if let Some(bias) = &self.bias {
             self.sums.add_over_tokens(bias, &dy, |tokens, db| {
                 device.sum_rows(dy.local().mat().block(tokens, 0..outputs), db.slice_mut()?)

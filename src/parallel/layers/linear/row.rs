@@ -92,9 +92,9 @@ impl<T: Element, B: Backend> Linear<T, B> for RowLinear<T, B> {
     }
 
     fn param_grads(&self, x: &Tensor<T, B>, dy: &DTensor<Copied, T, B>) -> Result<()> {
-        let dy = dy.local();
-        same_size(OP_BACKWARD, "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        self.sums.grads(&self.weight, (dy.mat(), x.mat()), (1, &self.leaves))
+        let rows = dy.local().shape().rows();
+        same_size(OP_BACKWARD, "rows of dy", rows, "rows of x", x.shape().rows())?;
+        self.sums.grads(&self.weight, dy, x, (1, &self.leaves))
     }
 }
 
