@@ -231,6 +231,21 @@ pub enum Error {
         /// Its role.
         role: &'static str,
     },
+    /// One more step of private training would exceed the budget of its ledger. The step was not
+    /// charged, and must not be made.
+    #[error(
+        "privacy budget: ε is {spent} at δ = {delta:e}, and one more step would make it {next}: the budget is {budget}"
+    )]
+    PrivacyBudget {
+        /// The ε of all steps so far.
+        spent: f64,
+        /// The ε with the refused step.
+        next: f64,
+        /// The largest ε.
+        budget: f64,
+        /// The δ of all three.
+        delta: f64,
+    },
     /// A key, a certificate or a membership file cannot be used.
     #[error("{}: {reason}", .path.display())]
     Credential {

@@ -51,6 +51,10 @@
     doc = "| [`plan`](mod@plan) | which strategy fits a model and a machine, and how fast it is | models |"
 )]
 #![cfg_attr(
+    feature = "privacy",
+    doc = "| [`privacy`] | differential privacy: private training (DP-SGD), and what it spends of a budget | training and checkpoints |"
+)]
+#![cfg_attr(
     feature = "reference",
     doc = "| [`reference`](mod@reference) | the single-device reference, in ndarray and f64 | nothing |"
 )]
@@ -68,6 +72,7 @@
 //! | `plan` | no | the planner, which `cli` has too |
 //! | `mpi` | no | groups of processes over an MPI library, which has to be installed |
 //! | `nccl` | no | groups of GPUs over NCCL |
+//! | `privacy` | no | private training (DP-SGD) and its accountant, which `cli` has too |
 //! | `tls` | no | connections between processes over TLS 1.3, which `cli` has too |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -84,6 +89,8 @@ pub mod parallel;
 #[cfg(feature = "plan")]
 pub mod plan;
 pub mod prelude;
+#[cfg(feature = "privacy")]
+pub mod privacy;
 #[cfg(feature = "reference")]
 pub mod reference;
 pub mod rng;

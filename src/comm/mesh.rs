@@ -5,7 +5,7 @@ use crate::{
     device::Device,
     error::{Result, Site, same_size},
     kernels::Pointwise,
-    shard::{Axis, Mesh},
+    shard::{Axis, Mesh, Reduction},
 };
 
 /// A rank's groups along the axes of a [`Mesh`].
@@ -60,6 +60,14 @@ impl<B: Device> DeviceMesh<B> {
     /// The group of all ranks.
     pub fn world(&self) -> &Group<B> {
         &self.world
+    }
+
+    /// Returns a mesh whose handle of the group along `axis` has another reduction
+    /// ([`Group::with_reduction`]).
+    pub fn with_reduction(mut self, axis: Axis, reduction: Reduction) -> Self {
+        let group = &mut self.axes[axis as usize];
+        *group = group.with_reduction(reduction);
+        self
     }
 
     /// The group of the ranks whose coordinates differ from this rank's only along `axis`.

@@ -118,6 +118,12 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         *self.round.borrow_mut() = Some(round);
     }
 
+    /// Whether a round is in progress.
+    #[cfg(feature = "privacy")]
+    pub(super) fn has_begun(&self) -> bool {
+        self.round.borrow().is_some()
+    }
+
     /// Returns the indices of a bucket's parameters, in the order of their offsets.
     fn members(&self, bucket: usize) -> impl Iterator<Item = usize> {
         (0..self.places.len()).rev().filter(move |&number| self.places[number].0 == bucket)

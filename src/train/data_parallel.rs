@@ -191,6 +191,12 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         Ok(())
     }
 
+    /// Whether a reduction is in progress: `begin` without `finish`. One replica alone has none.
+    #[cfg(feature = "privacy")]
+    pub(crate) fn has_begun(&self) -> bool {
+        self.buckets.has_begun()
+    }
+
     /// Waits for the reductions and sets the parameters' gradients to the results. With an
     /// aggregator, only that rank has gradients afterwards.
     ///
@@ -230,6 +236,16 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
             })?;
         }
         Ok(sum.values().into_iter().sum())
+    }
+
+    /// Returns the group of the replicas.
+    pub fn group(&self) -> &Group<B> {
+        &self.group
+    }
+
+    /// Returns the parameters whose gradients are reduced.
+    pub fn params(&self) -> &[Param<T, B>] {
+        &self.params
     }
 
     /// Whether this rank steps the optimizer. Every rank does, or only the aggregator if there is

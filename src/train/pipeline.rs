@@ -44,6 +44,17 @@ pub trait PipelineEnds<S: ResidualStream, T: Element, B: Backend> {
     /// Those of the implementation; [`Pipeline::run`] returns them.
     fn input_grad(&mut self, microbatch: usize, dx: DTensor<S, T, B>) -> Result<()>;
 
+    /// Is called after the backward of chunk `chunk` of this rank for microbatch number
+    /// `microbatch`. Private training clips the gradients of the chunk here. Does nothing by
+    /// default.
+    ///
+    /// # Errors
+    /// Those of the implementation; [`Pipeline::run`] returns them.
+    fn after_backward(&mut self, chunk: usize, microbatch: usize) -> Result<()> {
+        let _ = (chunk, microbatch);
+        Ok(())
+    }
+
     /// Receives the output of the last stage. Returns the gradient of the loss with respect to that
     /// output, or `None` in an evaluation. Only the last rank calls it.
     ///
@@ -341,6 +352,7 @@ impl<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out =
         let missing = || Error::invalid("pipeline", "a backward without its forward");
         let saved = self.saved.remove(&(chunk, microbatch)).ok_or_else(missing)?;
         let dx = layer.backward(saved, dy)?;
+        ends.after_backward(chunk, microbatch)?;
         match stage.checked_sub(1) {
             None => ends.input_grad(microbatch, dx),
             Some(before) => {

@@ -35,6 +35,16 @@ pub(super) fn locate(folder: &Path) -> Result<Option<Location>> {
     }
 }
 
+/// Returns the id of the save that wrote the checkpoint of a folder. `None` if there is no
+/// checkpoint, or it has no id.
+pub(super) fn id(folder: &Path) -> Result<Option<String>> {
+    match locate(folder)? {
+        None => Ok(None),
+        Some(Location::Single(path)) => header::id(&DataFile::open(&path)?),
+        Some(Location::Index(path)) => Ok(index::read(&DataFile::open(&path)?)?.id),
+    }
+}
+
 /// Returns the path of the configuration that belongs to the checkpoint of a folder.
 pub(crate) fn config(folder: &Path) -> PathBuf {
     pending_config(folder).unwrap_or_else(|| folder.join(CONFIG))
@@ -43,10 +53,7 @@ pub(crate) fn config(folder: &Path) -> PathBuf {
 /// Returns the path of the configuration that is not renamed yet, if the save of the folder's
 /// checkpoint stopped before step 4 (see [`super::folder`]).
 pub(super) fn pending_config(folder: &Path) -> Option<PathBuf> {
-    let id = match locate(folder).ok()?? {
-        Location::Single(path) => header::id(&DataFile::open(&path).ok()?).ok()??,
-        Location::Index(path) => index::read(&DataFile::open(&path).ok()?).ok()?.id?,
-    };
+    let id = id(folder).ok()??;
     let path = folder.join(config_name(&id));
     (save_id::is_valid(&id) && path.is_file()).then_some(path)
 }

@@ -21,6 +21,8 @@
 //!
 //! [`WeightSource`]: crate::tensor::WeightSource
 
+#[cfg(feature = "privacy")]
+pub(crate) mod attached;
 mod checkpoint;
 mod disk;
 mod file;

@@ -288,6 +288,18 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         params
     }
 
+    /// Returns the parameters of each of this rank's stages, of which the first also has the
+    /// embeddings'; and last those of the head, if this rank has the last stage. So a tied table of
+    /// a rank that has both ends is in two parts.
+    pub fn parts(&self) -> Vec<Vec<Param<T, B>>> {
+        let mut parts: Vec<_> = self.chunks.iter().map(Layer::params).collect();
+        if let (Some(embeddings), Some(first)) = (&self.embeddings, parts.first_mut()) {
+            first.splice(0..0, embeddings.params());
+        }
+        parts.extend(self.head.as_ref().map(Layer::params));
+        parts
+    }
+
     /// Saves the model to a folder that this crate and transformers can read. Writes `config.json`,
     /// with the `dtype` of the weights, and `model.safetensors`, or several such files with an
     /// index. Every rank must call this; one rank writes. An older checkpoint in the folder

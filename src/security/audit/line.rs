@@ -46,7 +46,7 @@ pub(crate) fn hex(hash: &Hash) -> String {
 }
 
 /// Parses 64 lower-case hexadecimal digits.
-pub(super) fn parse_hex(text: &str) -> Option<Hash> {
+pub(crate) fn parse_hex(text: &str) -> Option<Hash> {
     let digit = |byte: u8| match byte {
         b'0'..=b'9' => Some(byte - b'0'),
         b'a'..=b'f' => Some(byte - b'a' + 10),

@@ -53,6 +53,8 @@ mod signature;
 mod tests;
 mod verify;
 
+#[cfg(feature = "privacy")]
+pub(crate) use line::parse_hex;
 #[cfg(feature = "tls")]
 pub use verify::verify_signed;
 pub use {
