@@ -5,6 +5,7 @@ mod audit;
 mod launch;
 mod measure;
 mod plan;
+mod privacy;
 mod records;
 mod security;
 mod users;

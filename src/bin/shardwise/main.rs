@@ -1,6 +1,6 @@
 //! The program `shardwise`. It starts ranks on this machine, reads the records of ranks, measures
-//! machines, plans how a model is divided over ranks, makes the keys of ranks, and verifies their
-//! audit logs.
+//! machines, plans how a model is divided over ranks, makes the keys of ranks, verifies their audit
+//! logs, and computes budgets of private training.
 //!
 //! | command | effect |
 //! |---|---|
@@ -10,6 +10,7 @@
 //! | `measure`, `plan` | measure a machine, and plan a model for it |
 //! | `key`, `membership` | make keys, and sign and check the lists of a job's keys |
 //! | `audit` | verifies the audit logs of a job |
+//! | `privacy` | computes ε, the noise or the number of steps of private training |
 
 mod audit;
 #[cfg(feature = "nccl")]
@@ -30,6 +31,7 @@ mod membership;
 #[cfg(target_os = "linux")]
 mod output;
 mod plan;
+mod privacy;
 #[cfg(target_os = "linux")]
 mod signals;
 #[cfg(target_os = "linux")]
@@ -90,6 +92,8 @@ enum Command {
     /// Verifies the audit logs of ranks.
     #[command(subcommand)]
     Audit(audit::Command),
+    /// Computes ε, the noise or the number of steps of private training from the other two.
+    Privacy(privacy::Request),
     /// Measures this machine and prints it as JSON, for `plan --machine`.
     Measure(measure::Request),
     /// Plans how a model is divided over the ranks of a machine: memory and time of the best plans.
@@ -135,6 +139,7 @@ fn main() -> ExitCode {
         Command::Key(key) => print(key.run()),
         Command::Membership(command) => print(command.run()),
         Command::Audit(command) => command.run(),
+        Command::Privacy(request) => print(request.run()),
         Command::Measure(request) => request.run(),
         Command::Plan(request) => request.run(),
         Command::Trace { records, output } => {
