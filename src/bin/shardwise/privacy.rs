@@ -30,7 +30,8 @@ impl Request {
         let Self { rate, delta, .. } = *self;
         let (noise, steps, asked) = match (self.epsilon, self.noise, self.steps) {
             (Some(epsilon), None, Some(steps)) => {
-                let noise = noise_for(&Budget { epsilon, delta }, rate, steps)?;
+                // Rounded up: with what is printed, all steps have to fit into the budget.
+                let noise = (noise_for(&Budget { epsilon, delta }, rate, steps)? * 1e6).ceil() / 1e6;
                 (noise, steps, format!("noise: {noise:.6}"))
             }
             (Some(epsilon), Some(noise), None) => {
