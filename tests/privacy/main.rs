@@ -1,6 +1,7 @@
 //! Tests private training. Feature `privacy`.
 
 mod attacks;
+mod audited;
 mod canaries;
 mod mistakes;
 mod models;
