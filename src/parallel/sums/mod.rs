@@ -373,7 +373,10 @@ pub(super) fn add_rows<T: Element, B: Backend>(
             param.keep_term(SampleTerm::Each(grads));
         } else {
             let mut grad = Tensor::<T::Acc, B>::empty(device, param.shape())?;
-            device.sum_rows::<T::Acc>(of, grad.slice_mut()?)?;
+            match rows {
+                1 => device.copy(of, grad.mat_mut()?)?,
+                _ => device.sum_rows::<T::Acc>(of, grad.slice_mut()?)?,
+            }
             param.add_grad(grad)?;
         }
     }
