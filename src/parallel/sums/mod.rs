@@ -359,24 +359,20 @@ impl<B: Backend> Sums<B> {
 
 /// Adds to the gradients of vectors of the same length. A row of `sums` has one vector after
 /// another. There is one row for each sample, or one row if no parameter keeps terms.
-pub(super) fn add_rows<T: Element, B: Backend>(
-    params: &[&Param<T, B>],
-    sums: &Tensor<T::Acc, B>,
-) -> Result<()> {
+pub(super) fn add_rows<T: Element, B: Backend>(to: &[&Param<T, B>], sums: &Tensor<T::Acc, B>) -> Result<()> {
     let (device, rows) = (sums.device(), sums.shape().rows());
-    for (at, param) in params.iter().enumerate() {
+    for (at, param) in to.iter().enumerate() {
         let len = param.shape().len();
         let of = sums.mat().columns(at * len..(at + 1) * len);
+        let mut grads = Tensor::<T::Acc, B>::empty(device, [rows, len])?;
+        device.copy(of, grads.mat_mut()?)?;
         if param.keeps_terms() {
-            let mut grads = Tensor::<T::Acc, B>::empty(device, [rows, len])?;
-            device.copy(of, grads.mat_mut()?)?;
             param.keep_term(SampleTerm::Each(grads));
+        } else if rows == 1 {
+            param.add_grad(grads.reshape(param.shape())?)?;
         } else {
             let mut grad = Tensor::<T::Acc, B>::empty(device, param.shape())?;
-            match rows {
-                1 => device.copy(of, grad.mat_mut()?)?,
-                _ => device.sum_rows::<T::Acc>(of, grad.slice_mut()?)?,
-            }
+            device.sum_rows::<T::Acc>(of, grad.slice_mut()?)?;
             param.add_grad(grad)?;
         }
     }
