@@ -149,7 +149,8 @@ fn add_product<T: Element, B: Backend>(
         let mut dots = Tensor::<T::Acc, B>::empty(device, [tokens])?;
         device.dot_rows::<T::Acc>(left.mat(), right.mat(), dots.slice_mut()?)?;
         terms.elements(&dots, sum)?;
-        return terms.product_of_squares(device, (dy, x), (ROUNDING * T::Acc::EPSILON, sum));
+        // The traces are ‖dy‖² and ‖x‖².
+        return terms.product_of_traces((&left, &right), (ROUNDING * T::Acc::EPSILON, sum));
     }
     let mut grad = Tensor::<T::Acc, B>::empty(device, [rows, cols])?;
     device.gemm_block::<T, T::Acc>(dy.t(), x, 0.0, grad.mat_mut()?)?;

@@ -66,16 +66,15 @@ impl<B: Backend> Terms<B> {
         Ok(())
     }
 
-    /// Adds a (Σ x²) (Σ y²) over all elements of x and of y, which have as many rows, to one sum.
-    pub(super) fn product_of_squares<T: Element>(
+    /// Adds a (tr x) (tr y) of two square matrices of equal size to one sum.
+    pub(super) fn product_of_traces<T: Element>(
         &mut self,
-        device: &B,
-        (x, y): (MatRef<'_, T, B>, MatRef<'_, T, B>),
+        (x, y): (&Tensor<T, B>, &Tensor<T, B>),
         (a, sum): (f64, usize),
     ) -> Result<()> {
-        self.place(device, x)?;
-        self.place(device, y)?;
-        self.parts.push(Part::Product { count: x.rows(), a, sum });
+        self.place_diagonal(x)?;
+        self.place_diagonal(y)?;
+        self.parts.push(Part::Product { count: x.shape().rows(), a, sum });
         Ok(())
     }
 
@@ -86,6 +85,17 @@ impl<B: Backend> Terms<B> {
         device.copy(MatRef::<T, B>::new(x.slice(), 1, count)?, MatMut::new(to, 1, count)?)?;
         self.parts.push(Part::Sum { count, sum });
         Ok(())
+    }
+
+    fn place_diagonal<T: Element>(&mut self, x: &Tensor<T, B>) -> Result<()> {
+        let (device, count) = (x.device(), x.shape().rows());
+        let Some(before) = count.checked_sub(1) else { return Ok(()) };
+        // In rows of one element more, all elements of the diagonal but the last are in a column.
+        let rows = B::narrow(x.slice(), 0..before * (count + 1));
+        let column = MatRef::<T, B>::new(rows, before, count + 1)?.columns(0..1);
+        device.copy(column, MatMut::new(self.reserve(device, before)?, before, 1)?)?;
+        let last = B::narrow(x.slice(), count * count - 1..count * count);
+        device.copy(MatRef::<T, B>::new(last, 1, 1)?, MatMut::new(self.reserve(device, 1)?, 1, 1)?)
     }
 
     fn place<T: Element>(&mut self, device: &B, x: MatRef<'_, T, B>) -> Result<()> {

@@ -217,7 +217,7 @@ impl<B: Backend> Sums<B> {
         if layers.iter().any(|(((w, bias), _), _)| keeps(w, *bias)) {
             return layers.into_iter().try_for_each(|(((w, bias), leaves), columns)| {
                 if w.keeps_terms() {
-                    self.keep_product(w, (dy, columns.clone()), x, (0, leaves))?;
+                    self.keep_product(w, (dy, columns.clone()), x, (0, leaves));
                 } else {
                     self.grad(w, (of(&columns), x.mat()), (0, leaves))?;
                 }
@@ -293,7 +293,8 @@ impl<B: Backend> Sums<B> {
         (dim, leaves): (usize, &Leaves),
     ) -> Result<()> {
         if w.keeps_terms() {
-            return self.keep_product(w, (dy, 0..dy.local().shape().cols()), x, (dim, leaves));
+            self.keep_product(w, (dy, 0..dy.local().shape().cols()), x, (dim, leaves));
+            return Ok(());
         }
         self.grad(w, (dy.local().mat(), x.mat()), (dim, leaves))
     }
@@ -330,7 +331,7 @@ impl<B: Backend> Sums<B> {
         (dy, columns): (&DTensor<P, T, B>, Range<usize>),
         x: &Tensor<T, B>,
         (dim, leaves): (usize, &Leaves),
-    ) -> Result<()> {
+    ) {
         let (sums, leaves) = (self.clone(), leaves.clone());
         w.keep_term(SampleTerm::Product {
             dy: (dy.local().clone(), columns),
@@ -340,7 +341,6 @@ impl<B: Backend> Sums<B> {
                 sums.write_grad::<T::Acc>(factors, (dim, &leaves), beta, dw)
             }),
         });
-        Ok(())
     }
 
     /// Keeps the sum of the rows of dy of each sequence for [`Param::add_kept`].

@@ -66,6 +66,7 @@ impl<T: Element, B: Backend> SampleTerm<T, B> {
         let (device, shape) = (param.device(), param.shape());
         match self {
             Self::Product { dy: (dy, columns), x, samples, write } => {
+                let dy = dy.into_element::<T::Acc>()?;
                 let dy = scaled(device, dy.mat().columns(columns), &samples, factors)?;
                 // 0 · ∞ is NaN, so x must not have the rows of samples without a factor either.
                 let x = without_zeros(x.into_element::<T::Acc>()?, &samples, factors)?;
@@ -75,6 +76,7 @@ impl<T: Element, B: Backend> SampleTerm<T, B> {
                 for rows in zero_samples(&samples, factors) {
                     ids[rows].fill(NO_ROW);
                 }
+                let dy = dy.into_element::<T::Acc>()?;
                 let dy = scaled(device, dy.mat(), &samples, factors)?;
                 let mut grad = Tensor::zeros(device, shape)?;
                 device.scatter_add(&ids, dy.mat(), grad.mat_mut()?)?;
@@ -107,21 +109,19 @@ fn rounded_down<A: Element>(factor: f64) -> A {
 
 /// Returns cᵢ dyₜ for each row t, where i is the sample of the row. Rows of samples with the factor
 /// 0 are 0.
-fn scaled<T: Element, B: Backend>(
+fn scaled<A: Element, B: Backend>(
     device: &B,
-    dy: MatRef<'_, T, B>,
+    dy: MatRef<'_, A, B>,
     samples: &Sequences,
     factors: &[f64],
-) -> Result<Tensor<T::Acc, B>> {
-    let mut of_rows = vec![T::Acc::from_f64(0.0); dy.rows()];
+) -> Result<Tensor<A, B>> {
+    let mut of_rows = vec![A::from_f64(0.0); dy.rows()];
     for (rows, factor) in samples.iter().zip(factors) {
         of_rows[rows].fill(rounded_down(*factor));
     }
-    let of_rows = Tensor::<T::Acc, B>::from_vec(device, [dy.rows()], of_rows)?;
-    let mut wide = Tensor::<T::Acc, B>::empty(device, [dy.rows(), dy.cols()])?;
-    device.copy(dy, wide.mat_mut()?)?;
-    let mut scaled = Tensor::empty(device, wide.shape())?;
-    device.scale_rows::<T::Acc>(of_rows.slice(), wide.mat(), scaled.mat_mut()?)?;
+    let of_rows = Tensor::<A, B>::from_vec(device, [dy.rows()], of_rows)?;
+    let mut scaled = Tensor::empty(device, [dy.rows(), dy.cols()])?;
+    device.scale_rows::<A>(of_rows.slice(), dy, scaled.mat_mut()?)?;
     without_zeros(scaled, samples, factors)
 }
 

@@ -86,7 +86,7 @@ impl<T: Element, B: Backend> Layer<T, B> for ReplicatedLinear<T, B> {
         let device = self.sums.group().device();
         if self.weight.keeps_terms() {
             // Every rank has all tokens, and computes the same product.
-            self.sums.keep_product(&self.weight, (&dy, 0..outputs), &x, (0, &self.whole()))?;
+            self.sums.keep_product(&self.weight, (&dy, 0..outputs), &x, (0, &self.whole()));
         } else {
             self.sums.add_over_tokens(&self.weight, &dy, |tokens, dw| {
                 let dy = dy.local().mat().block(tokens.clone(), 0..outputs);
