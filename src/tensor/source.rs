@@ -63,6 +63,16 @@ impl Region {
         Shape::new(&self.ranges.iter().map(ExactSizeIterator::len).collect::<Vec<_>>())
     }
 
+    /// Whether two regions of a tensor have elements in common. Neither may be empty.
+    pub(crate) fn overlaps(&self, other: &Self) -> bool {
+        self.ranges.iter().zip(&other.ranges).all(|(a, b)| a.start < b.end && b.start < a.end)
+    }
+
+    /// Whether the region has the tensor's first element, unless it is empty.
+    pub(crate) fn has_first(&self) -> bool {
+        self.ranges.iter().all(|range| range.start == 0)
+    }
+
     /// Returns the region as ranges of consecutive elements of the row-major tensor, in order and
     /// of maximal length. The tensor's [`Shape::len`] has to be below `usize::MAX`, because larger
     /// offsets saturate.

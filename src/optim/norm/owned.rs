@@ -37,8 +37,7 @@ impl Owned {
                 continue;
             }
             self.regions = hash((self.regions, &own.tensor, region)) >> 24 | 1;
-            let first = region.ranges().iter().all(|range| range.start == 0);
-            let less = if first { whole } else { 0 };
+            let less = if region.has_first() { whole } else { 0 };
             self.excess = self.excess.wrapping_add(factor.wrapping_mul(len.wrapping_sub(less))) % MODULUS;
             if len < whole {
                 self.sharded.get_or_insert_with(|| own.tensor.clone());

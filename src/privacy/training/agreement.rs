@@ -49,12 +49,7 @@ pub(super) fn check_tensors<T: Element, B: Backend>(
     let mut by_name = HashMap::<&str, Vec<&Region>>::new();
     for ParamRegion { tensor, region, .. } in &regions {
         let others = by_name.entry(tensor).or_default();
-        let overlaps = |other: &&Region| {
-            let both = other.ranges().iter().zip(region.ranges());
-            other.shape() != region.shape()
-                || both.into_iter().all(|(one, other)| one.start < other.end && other.start < one.end)
-        };
-        if others.iter().any(overlaps) {
+        if others.iter().any(|other| other.shape() != region.shape() || other.overlaps(region)) {
             return Err(same_noise(tensor, "two parameters of a rank"));
         }
         others.push(region);
@@ -79,10 +74,7 @@ pub(super) fn check_tensors<T: Element, B: Backend>(
 #[track_caller]
 fn check_owners<B: Backend>(group: &Group<B>, regions: &[ParamRegion]) -> Result<()> {
     // The name, the shape, and whether the region has the first element, for each owned region.
-    let of = |own: &ParamRegion| {
-        let first = own.region.ranges().iter().all(|range| range.start == 0);
-        [hash(&own.tensor), hash(own.region.shape()), first.into()]
-    };
+    let of = |own: &ParamRegion| [hash(&own.tensor), hash(own.region.shape()), own.region.has_first().into()];
     let owned = regions.iter().filter(|own| own.owned);
     let bytes: Vec<u8> = owned.flat_map(|own| of(own).map(u64::to_le_bytes).concat()).collect();
     let mut owners = HashMap::<[u8; 8], (HashSet<[u8; 8]>, usize)>::new();

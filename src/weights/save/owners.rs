@@ -75,7 +75,7 @@ pub(super) fn all_tensors<T: Element, B: Backend>(
                 .into_iter()
                 .map(|ranges| region(&own, whole.shape, &ranges))
                 .collect::<Result<Vec<_>>>()?;
-            let is_duplicate = |new: &&Region| whole.owned.iter().any(|old| overlap(&old.region, new));
+            let is_duplicate = |new: &&Region| whole.owned.iter().any(|old| old.region.overlaps(new));
             if let Some(new) = new.iter().find(is_duplicate) {
                 let (ranges, name) = (new.ranges(), &whole.name);
                 let reason = format!("{ranges:?} of `{name}` is owned by rank {rank} and by another rank");
@@ -106,8 +106,4 @@ fn region(own: &str, shape: Shape, ranges: &[Range<usize>]) -> Result<Region> {
     }
     let narrow = |region: Region, (dim, range): (usize, &Range<usize>)| region.narrow(dim, range.clone());
     Ok(ranges.iter().enumerate().fold(Region::whole(shape), narrow))
-}
-
-fn overlap(a: &Region, b: &Region) -> bool {
-    a.ranges().iter().zip(b.ranges()).all(|(a, b)| a.start < b.end && b.start < a.end)
 }
