@@ -181,12 +181,9 @@ impl Stream {
 mod tests {
     use super::*;
     use crate::{
-        comm::{Call, Communicator, Incoming, Outgoing, ReduceOp, Shards},
-        device::{AnyMut, AnyRef, Cpu, Meta},
+        device::{Cpu, Meta},
         launch,
-        security::{Channel, Roles},
     };
-    use std::rc::Rc;
 
     fn bytes(hex: &str) -> Vec<u8> {
         let digits: Vec<_> = hex.chars().filter_map(|digit| digit.to_digit(16)).collect();
@@ -270,100 +267,5 @@ mod tests {
         assert_eq!((key.is_secret(), format!("{key:?}")), (true, "RunKey(secret)".into()));
         let (planned, _) = Group::planned(&Meta::new(), 1, 4).unwrap();
         assert_ne!(RunKey::agree(&planned).unwrap().key.to_vec(), [0; 32]);
-    }
-
-    /// Says that another communicator's data travels on this channel.
-    struct On(Rc<dyn Communicator<Cpu>>, Channel, Policy);
-
-    impl Communicator<Cpu> for On {
-        fn channel(&self) -> Channel {
-            self.1
-        }
-        fn policy(&self) -> Policy {
-            self.2
-        }
-        fn rank(&self) -> usize {
-            self.0.rank()
-        }
-        fn size(&self) -> usize {
-            self.0.size()
-        }
-        fn roles(&self) -> Roles {
-            self.0.roles()
-        }
-        fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {
-            self.0.all_reduce(call, op, x)
-        }
-        fn all_gather(
-            &self,
-            call: &Call,
-            shards: &Shards,
-            send: AnyRef<'_, Cpu>,
-            recv: AnyMut<'_, Cpu>,
-        ) -> Result<()> {
-            self.0.all_gather(call, shards, send, recv)
-        }
-        fn reduce_scatter(
-            &self,
-            call: &Call,
-            op: ReduceOp,
-            shards: &Shards,
-            send: AnyRef<'_, Cpu>,
-            recv: AnyMut<'_, Cpu>,
-        ) -> Result<()> {
-            self.0.reduce_scatter(call, op, shards, send, recv)
-        }
-        fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, Cpu>) -> Result<()> {
-            self.0.broadcast(call, root, x)
-        }
-        fn exchange(
-            &self,
-            call: &Call,
-            send: Option<Outgoing<'_, Cpu>>,
-            recv: Option<Incoming<'_, Cpu>>,
-        ) -> Result<()> {
-            self.0.exchange(call, send, recv)
-        }
-        fn barrier(&self, call: &Call) -> Result<()> {
-            self.0.barrier(call)
-        }
-        fn split(
-            &self,
-            call: &Call,
-            color: Option<u64>,
-            key: u64,
-            name: &str,
-        ) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
-            self.0.split(call, color, key, name)
-        }
-    }
-
-    #[test]
-    fn no_key_travels_between_machines_in_plaintext() {
-        let plaintext = Channel::plaintext(Reach::Network);
-        let agree = |ranks: usize, channel: Channel, policy: Policy| {
-            let outcomes = launch::threads(ranks, |world| {
-                let group = Group::new(Rc::new(On(world.communicator(), channel, policy)), world.device());
-                Ok(RunKey::agree(&group).map(|key| key.key.to_vec()))
-            });
-            let outcomes = outcomes.unwrap();
-            assert!(outcomes.len() == ranks && outcomes.iter().all(|outcome| *outcome == outcomes[0]));
-            outcomes.into_iter().next().unwrap()
-        };
-        let trusted = |network: &str| Policy::TrustedNetwork(network.parse().unwrap());
-        for policy in [Policy::Any, Policy::RequireEncrypted, trusted("203.0.113.0/24")] {
-            let error = agree(2, plaintext, policy).unwrap_err();
-            assert!(matches!(error, Error::NotEncrypted { .. }), "{error}");
-            assert!(error.to_string().starts_with("the transport of the run key sends plaintext"), "{error}");
-        }
-        // Every machine has the loopback network.
-        for (ranks, channel, policy) in [
-            (2, plaintext, trusted("127.0.0.0/8")),
-            (2, Channel { encrypted: true, ..plaintext }, Policy::RequireEncrypted),
-            (2, Channel::plaintext(Reach::Machine), Policy::RequireEncrypted),
-            (1, plaintext, Policy::RequireEncrypted),
-        ] {
-            assert_eq!(agree(ranks, channel, policy).unwrap().len(), 32);
-        }
     }
 }

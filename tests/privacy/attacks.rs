@@ -9,31 +9,6 @@ use shardwise::{
     train::{DataParallel, GradReduce},
 };
 
-const SAMPLES: usize = 6;
-const ALL: [usize; SAMPLES] = [0, 1, 2, 3, 4, 5];
-const MECHANISM: DpSgd = DpSgd { samples: SAMPLES, rate: 1.0, clip: 1.0, noise: 1.0, loss_scale: 1.0 };
-
-fn private(mesh: &DeviceMesh<Cpu>, params: &[Param<f64, Cpu>]) -> Result<Private<f64, Cpu>> {
-    Private::new(mesh, [params.to_vec()], MECHANISM, RunKey::agree(mesh.world())?, ledger()?)
-}
-
-/// Runs `f` with a classifier on each rank of a mesh, and returns the first rank's own error.
-#[track_caller]
-fn refused(
-    [dp, tp]: [usize; 2],
-    f: impl Fn(&DeviceMesh<Cpu>, &[Param<f64, Cpu>], &dyn Fn(&[usize]) -> Result<()>) -> Result<()> + Sync,
-) -> String {
-    let results = launch::Threads::new(dp * tp).run_each(|world| {
-        let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, tp)?)?;
-        let tensor = mesh.group(Axis::Tensor);
-        let model = classifier::<f64>(tensor)?;
-        f(&mesh, &model.params(), &|samples| backward(&model, tensor, samples, 0))
-    });
-    let errors: Vec<_> = results.expect("the ranks start").into_iter().filter_map(Result::err).collect();
-    let own = |error: &&Error| !matches!(error, Error::PeerLost { .. });
-    errors.iter().find(own).expect("no rank has an error of its own").to_string()
-}
-
 fn vector(cpu: &Cpu, name: &str, len: usize) -> Result<Param<f64, Cpu>> {
     let source = Random::normal(1, 1.0);
     Param::load_region(cpu, &Weights::new(&source), name, Role::Bias, Region::whole([len]), true)

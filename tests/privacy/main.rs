@@ -3,6 +3,9 @@
 mod attacks;
 mod audited;
 mod canaries;
+#[path = "../suite/claims.rs"]
+mod claims;
+mod keys;
 mod mistakes;
 mod models;
 mod released;

@@ -1,38 +1,7 @@
 //! Mistakes of programs, each of which would break the guarantee, are errors.
 
 use crate::models::*;
-use shardwise::{launch::Threads, prelude::*, privacy::*, train::DataParallel};
-
-const SAMPLES: usize = 6;
-
-/// Every sample is in every batch, so that the tests need no luck.
-const MECHANISM: DpSgd = DpSgd { samples: SAMPLES, rate: 1.0, clip: 1.0, noise: 1.0, loss_scale: 1.0 };
-
-/// Runs `f` with a private classifier on each rank of a mesh. Returns the message of its error on
-/// the first rank that has one of its own.
-#[track_caller]
-fn refused(
-    [dp, tp]: [usize; 2],
-    f: impl Fn(&DeviceMesh<Cpu>, &[Param<f64, Cpu>], &mut dyn FnMut(&[usize]) -> Result<()>) -> Result<()> + Sync,
-) -> String {
-    let threads = Threads::new(dp * tp);
-    let results = threads.run_each(|world| {
-        let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, tp)?)?;
-        let tensor = mesh.group(Axis::Tensor);
-        let model = classifier::<f64>(tensor)?;
-        let params = model.params();
-        f(&mesh, &params, &mut |samples| backward(&model, tensor, samples, 0))
-    });
-    let errors: Vec<_> = results.expect("the ranks start").into_iter().filter_map(Result::err).collect();
-    let own = |error: &&Error| !matches!(error, Error::PeerLost { .. });
-    errors.iter().find(own).expect("no rank has an error of its own").to_string()
-}
-
-fn private(mesh: &DeviceMesh<Cpu>, params: &[Param<f64, Cpu>]) -> Result<Private<f64, Cpu>> {
-    Private::new(mesh, [params.to_vec()], MECHANISM, RunKey::agree(mesh.world())?, ledger()?)
-}
-
-const ALL: [usize; SAMPLES] = [0, 1, 2, 3, 4, 5];
+use shardwise::{prelude::*, privacy::*, train::DataParallel};
 
 #[test]
 fn a_microbatch_that_was_not_clipped_is_not_released() {
@@ -121,7 +90,7 @@ fn a_data_parallel_reduces_all_parameters_over_the_replicas() {
     let step = |replicas: &dyn Fn(&DeviceMesh<Cpu>, &[Param<f64, Cpu>]) -> Result<DataParallel<f64, Cpu>>,
                 mesh: &DeviceMesh<Cpu>,
                 params: &[Param<f64, Cpu>],
-                backward: &mut dyn FnMut(&[usize]) -> Result<()>| {
+                backward: &dyn Fn(&[usize]) -> Result<()>| {
         let replicas = replicas(mesh, params)?;
         let mut private = private(mesh, params)?;
         let mut step = private.begin()?;

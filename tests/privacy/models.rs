@@ -86,3 +86,36 @@ pub(crate) fn gradients<T: Element>(tensor: &Group<Cpu>, params: &[Param<T, Cpu>
     let own: Vec<f64> = owned_gradients(params)?.into_values().flatten().collect();
     tensor.all_reduce_host(ReduceOp::Sum, &own)
 }
+
+/// The number of samples of [`MECHANISM`].
+pub(crate) const SAMPLES: usize = 6;
+
+/// Every sample is in every batch, so that the tests need no luck.
+pub(crate) const MECHANISM: DpSgd =
+    DpSgd { samples: SAMPLES, rate: 1.0, clip: 1.0, noise: 1.0, loss_scale: 1.0 };
+
+/// Runs `f` with a private classifier on each rank of a mesh. Returns the message of its error on
+/// the first rank that has one of its own.
+#[track_caller]
+pub(crate) fn refused(
+    [dp, tp]: [usize; 2],
+    f: impl Fn(&DeviceMesh<Cpu>, &[Param<f64, Cpu>], &dyn Fn(&[usize]) -> Result<()>) -> Result<()> + Sync,
+) -> String {
+    let threads = launch::Threads::new(dp * tp);
+    let results = threads.run_each(|world| {
+        let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, tp)?)?;
+        let tensor = mesh.group(Axis::Tensor);
+        let model = classifier::<f64>(tensor)?;
+        let params = model.params();
+        f(&mesh, &params, &|samples| backward(&model, tensor, samples, 0))
+    });
+    let errors: Vec<_> = results.expect("the ranks start").into_iter().filter_map(Result::err).collect();
+    let own = |error: &&Error| !matches!(error, Error::PeerLost { .. });
+    errors.iter().find(own).expect("no rank has an error of its own").to_string()
+}
+
+pub(crate) fn private(mesh: &DeviceMesh<Cpu>, params: &[Param<f64, Cpu>]) -> Result<Private<f64, Cpu>> {
+    Private::new(mesh, [params.to_vec()], MECHANISM, RunKey::agree(mesh.world())?, ledger()?)
+}
+
+pub(crate) const ALL: [usize; SAMPLES] = [0, 1, 2, 3, 4, 5];

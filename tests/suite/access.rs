@@ -1,13 +1,13 @@
 //! Roles: no collective, gather or save sends a weight to a rank that may not see it.
 
 use crate::{
+    claims::Claims,
     dev::{DTensor, Dev, Tensor, ranks},
     support::say,
 };
 use shardwise::{
     Error, Result,
-    comm::{Call, Communicator, DeviceMesh, Group, Incoming, Op, Outgoing, ReduceOp, Shards, TransferLog},
-    device::{AnyMut, AnyRef},
+    comm::{DeviceMesh, Group, Op, ReduceOp, TransferLog},
     ops,
     optim::{AdamW, AdamWConfig},
     parallel::{Bias, ColumnLinear, Columns, Layer},
@@ -245,83 +245,6 @@ fn ranks_that_pass_no_weight_get_an_error_too() {
     assert!(matches!(outcomes[1], Err(Error::PeerLost { rank: 0, .. })), "{outcomes:?}");
 }
 
-/// A communicator that claims that every rank may see everything, as the program of a rank could
-/// that was changed.
-struct Liar {
-    inner: Rc<dyn Communicator<Dev>>,
-    /// The number of elements that have arrived from other ranks.
-    received: Rc<Cell<usize>>,
-}
-
-impl Communicator<Dev> for Liar {
-    fn roles(&self) -> Roles {
-        Roles::UNRESTRICTED
-    }
-
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Dev>) -> Result<()> {
-        self.inner.all_reduce(call, op, x)
-    }
-
-    fn all_gather(
-        &self,
-        call: &Call,
-        shards: &Shards,
-        send: AnyRef<'_, Dev>,
-        recv: AnyMut<'_, Dev>,
-    ) -> Result<()> {
-        self.inner.all_gather(call, shards, send, recv)
-    }
-
-    fn reduce_scatter(
-        &self,
-        call: &Call,
-        op: ReduceOp,
-        shards: &Shards,
-        send: AnyRef<'_, Dev>,
-        recv: AnyMut<'_, Dev>,
-    ) -> Result<()> {
-        self.inner.reduce_scatter(call, op, shards, send, recv)
-    }
-
-    fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, Dev>) -> Result<()> {
-        self.inner.broadcast(call, root, x)
-    }
-
-    fn exchange(
-        &self,
-        call: &Call,
-        send: Option<Outgoing<'_, Dev>>,
-        recv: Option<Incoming<'_, Dev>>,
-    ) -> Result<()> {
-        let len = recv.as_ref().map_or(0, |recv| recv.data.len());
-        self.inner.exchange(call, send, recv)?;
-        self.received.set(self.received.get() + len);
-        Ok(())
-    }
-
-    fn barrier(&self, call: &Call) -> Result<()> {
-        self.inner.barrier(call)
-    }
-
-    fn split(
-        &self,
-        call: &Call,
-        color: Option<u64>,
-        key: u64,
-        name: &str,
-    ) -> Result<Option<Box<dyn Communicator<Dev>>>> {
-        self.inner.split(call, color, key, name)
-    }
-}
-
 /// Rank 1, a trainer, runs a program that ignores its role. The other ranks refuse, so that rank 1
 /// gets nothing of theirs.
 #[test]
@@ -332,7 +255,9 @@ fn a_rank_that_ignores_its_role_gets_no_weight() {
         if group.rank() != liar {
             return (group.clone(), received);
         }
-        (Group::new(Rc::new(Liar { inner, received: Rc::clone(&received) }), group.device()), received)
+        let claims =
+            Claims { roles: Some(Roles::UNRESTRICTED), received: Rc::clone(&received), ..Claims::of(inner) };
+        (Group::new(Rc::new(claims), group.device()), received)
     }
     let brief = || ranks(WORLD).roles([Checkpointer, Trainer, Trainer]).deadline(Duration::from_secs(5));
     let mut tried = 0;

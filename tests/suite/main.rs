@@ -4,6 +4,7 @@ mod access;
 mod audit;
 mod block;
 mod circles;
+mod claims;
 mod collectives;
 mod comm;
 mod compile_fail;
